@@ -1,0 +1,176 @@
+"""StreamingLLM (2309.17453): the losses of a long stream under a bounded cache, and talk without
+end.
+
+Axes: B batch, T tokens of the stream, V vocabulary. Losses in nats.
+"""
+
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import DynamicCache, PreTrainedModel
+
+from steerkit.attention import install
+from steerkit.rotary import rope_kinds
+from steerkit.sink_cache import SinkCache
+
+_SHOW_AFTER = 2.0  # seconds before a progress bar appears
+_BATCH_TOKENS = 8192  # tokens per forward of re-computation
+
+
+@torch.no_grad()
+def token_losses(
+    model: PreTrainedModel,
+    ids: Tensor,
+    *,
+    sinks: int = 4,
+    window: int | None = None,
+    block: int = 256,
+) -> Tensor:
+    """Loss of each next token of a stream, ids (B,T) -> (B,T-1) float32 on the CPU (section 4.1).
+
+    `window=None` is dense: all earlier tokens are kept, and memory grows. Otherwise a token sees
+    the first `sinks` tokens, the `window` before it and itself, at positions inside the cache:
+    StreamingLLM, or window attention with `sinks=0`; memory and precision do not depend on T. Equal
+    to one token per forward, whatever the `block` of tokens that one forward takes. The model's
+    last forward is over token T-2.
+    """
+    check_ids(model, ids)
+    if block < 1:
+        raise ValueError(
+            f"block={block}: expected at least 1 token per forward (256 is fast on a CPU)"
+        )
+    B, T = ids.shape
+    if window is None:
+        _refuse_length(model, T - 1)
+    streams = window is not None
+    cache = (
+        SinkCache(model, sinks=sinks, window=window)
+        if streams
+        else DynamicCache(config=model.config)
+    )
+    losses = torch.empty(B, T - 1)
+    bar = tqdm(total=T - 1, unit=" tokens", unit_scale=True, delay=_SHOW_AFTER, leave=False)
+    with install(model) if streams else nullcontext(), bar:
+        for start in range(0, T - 1, block):
+            piece = ids[:, start : start + block + 1].to(model.device)
+            logits = model(input_ids=piece[:, :-1], past_key_values=cache, use_cache=True).logits
+            losses[:, start : start + block] = next_token_loss(logits, piece[:, 1:])
+            bar.update(piece.shape[1] - 1)
+    return losses
+
+
+@torch.no_grad()
+def recomputed_losses(
+    model: PreTrainedModel,
+    ids: Tensor,
+    *,
+    length: int,
+    positions: Sequence[int] | Tensor | None = None,
+    batch: int | None = None,
+) -> Tensor:
+    """Sliding window with re-computation: every loss from a fresh forward over the last `length`
+    tokens.
+
+    ids (B,T) -> (B,P) at `positions` of `token_losses`' last axis (default: all T-1). Position p
+    predicts token p+1 from tokens max(0, p+1-length) .. p. `batch` windows share a forward
+    (default: about 8192 tokens).
+    """
+    check_ids(model, ids)
+    T = ids.shape[1]
+    if length < 1:
+        raise ValueError(f"length={length}: expected a window of at least 1 token")
+    wanted = (
+        torch.arange(T - 1) if positions is None else torch.as_tensor(positions, dtype=torch.long)
+    )
+    if wanted.ndim != 1 or not len(wanted) or wanted.min() < 0 or wanted.max() >= T - 1:
+        raise ValueError(
+            f"positions: expected a non-empty list of 0 .. {T - 2}, the losses of {T} tokens"
+        )
+    _refuse_length(model, min(length, T - 1))
+    full = wanted >= length - 1
+    losses = torch.empty(ids.shape[0], len(wanted))
+    if (
+        not full.all()
+    ):  # the first windows are prefixes of one another: one causal forward has them all
+        head = ids[:, :length].to(model.device)
+        early = next_token_loss(model(input_ids=head[:, :-1], use_cache=False).logits, head[:, 1:])
+        losses[:, ~full] = early[:, wanted[~full]]
+    if full.any():
+        ends = wanted[full]
+        losses[:, full] = _window_losses(
+            model, ids, ends, length, batch or max(1, _BATCH_TOKENS // length)
+        )
+    return losses
+
+
+def _window_losses(
+    model: PreTrainedModel, ids: Tensor, ends: Tensor, length: int, batch: int
+) -> Tensor:
+    """Last losses of the windows of `length` tokens that end at `ends`: (B,len(ends))."""
+    if batch < 1:
+        raise ValueError(f"batch={batch}: expected at least 1 window per forward")
+    B, P = ids.shape[0], len(ends)
+    rows = torch.arange(B).repeat_interleave(P)
+    lasts = ends.repeat(B)
+    keep = (
+        {"logits_to_keep": 1}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters
+        else {}
+    )
+    losses = torch.empty(B * P)
+    offsets = torch.arange(1 - length, 1)
+    with tqdm(total=B * P, unit=" windows", delay=_SHOW_AFTER, leave=False) as bar:
+        for start in range(0, B * P, batch):
+            row, last = rows[start : start + batch], lasts[start : start + batch]
+            windows = ids[row[:, None], last[:, None] + offsets].to(model.device)
+            logits = model(input_ids=windows, use_cache=False, **keep).logits[:, -1:]
+            target = ids[row, last + 1].to(model.device)[:, None]
+            losses[start : start + batch] = next_token_loss(logits, target)[:, 0]
+            bar.update(len(row))
+    return losses.view(B, P)
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood in nats: (B,n,V), (B,n) -> (B,n) float32."""
+    return F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), reduction="none"
+    ).view_as(targets)
+
+
+def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
+    """A stream is (B,T) token ids of this vocabulary, T >= 2. Raises ValueError."""
+    if ids.ndim != 2:
+        raise ValueError(
+            f"ids of shape {tuple(ids.shape)}: expected (B, T); add the batch axis with ids[None]"
+        )
+    if ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"ids of type {ids.dtype}: expected integer token ids")
+    if ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise ValueError(
+            f"ids of shape {tuple(ids.shape)}: expected at least two tokens, one to predict"
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"ids from {low} to {high}: the model's vocabulary is 0 .. {vocabulary - 1}"
+        )
+
+
+def _refuse_length(model: PreTrainedModel, tokens: int) -> None:
+    """Positions the model cannot have: beyond a learned table, or where frequencies begin to
+    change.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    kinds = rope_kinds(model)
+    static = kinds and not any("dynamic" in kind or kind == "longrope" for kind in kinds)
+    if limit is not None and tokens > limit and not static:
+        raise ValueError(
+            f"{tokens} tokens at once: this model's positions end, or change their meaning, "
+            f"at {limit}; cut the stream, or use a model with static rotary positions"
+        )

@@ -1,0 +1,81 @@
+"""StreamingLLM one token per forward, written from the paper: nothing of steerkit is used here.
+
+Keys are kept as the model makes them at position 0, before any turn; each step lays out the cache,
+turns every key and the query to its slot with the model's own cos and sin, and runs plain softmax
+attention.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+
+def _turn(x: Tensor, rotary: nn.Module, positions: Tensor) -> Tensor:
+    cos, sin = rotary(x.float(), positions[None])
+    d = cos.shape[-1]
+    a, rest = x[..., :d], x[..., d:]
+    half = torch.cat([-a[..., d // 2 :], a[..., : d // 2]], -1)
+    return torch.cat([a * cos[:, None] + half * sin[:, None], rest], -1)
+
+
+class Oracle:
+    """Next-token logits of a stream under S sinks and R recent keys (None: no eviction)."""
+
+    def __init__(
+        self, model: nn.Module, sinks: int, window: int | None, *, clamp: bool = True
+    ) -> None:
+        self.model, self.S, self.R, self.clamp = model, sinks, window, clamp
+        self.rotary = next(m for m in model.modules() if hasattr(m, "inv_freq"))
+        self.store: dict[nn.Module, list[Tensor]] = {}
+        self.t = 0
+        AttentionInterface.register("oracle", self.attend)
+        AttentionMaskInterface.register("oracle", sdpa_mask)
+
+    def attend(self, module, query, key, value, mask, scaling=None, **_):  # noqa: ANN001, ANN003, ANN201
+        keys, values = self.store.get(module, [key[:, :, :0], value[:, :, :0]])
+        keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
+        slots = torch.arange(keys.shape[2])
+        if (
+            not self.clamp and self.R is not None and self.t > self.S + self.R
+        ):  # a control: true distances
+            slots = torch.cat([slots[: self.S], slots[self.S :] + self.t - self.S - self.R])
+        k, q = _turn(keys, self.rotary, slots), _turn(query, self.rotary, slots[-1:])
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+        out = ((q @ k.mT) * (scaling or q.shape[-1] ** -0.5)).softmax(-1) @ v
+        if self.R is not None and keys.shape[2] > self.S + self.R:  # trimmed after each forward
+            keys = torch.cat([keys[:, :, : self.S], keys[:, :, -self.R :]], 2)
+            values = torch.cat([values[:, :, : self.S], values[:, :, -self.R :]], 2)
+        self.store[module] = [keys, values]
+        return out.transpose(1, 2).contiguous(), None
+
+    @torch.no_grad()
+    def step(self, ids: Tensor) -> Tensor:
+        """One token for each row: (B,) -> logits (B,V)."""
+        before = self.model.config._attn_implementation
+        self.model.set_attn_implementation("oracle")
+        zero = torch.zeros(
+            1, 1, dtype=torch.long
+        )  # position 0 is no turn: raw keys and queries arrive
+        logits = self.model(input_ids=ids[:, None], position_ids=zero, use_cache=False).logits[
+            :, -1
+        ]
+        self.model.set_attn_implementation(before)
+        self.t += 1
+        return logits
+
+    def losses(self, ids: Tensor) -> Tensor:
+        """(B,T) -> (B,T-1) nats."""
+        steps = [self.step(ids[:, t]).log_softmax(-1) for t in range(ids.shape[1] - 1)]
+        return -torch.stack(steps, 1).gather(-1, ids[:, 1:, None])[..., 0]
+
+    def greedy(self, ids: Tensor, new: int) -> list[int]:
+        """The prompt (1,T), then `new` greedy tokens."""
+        for t in range(ids.shape[1]):
+            logits = self.step(ids[:, t])
+        out = []
+        for _ in range(new):
+            out.append(int(logits.argmax(-1)))
+            logits = self.step(torch.tensor([out[-1]]))
+        return out
