@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 
 from steerkit.results import write_bytes, write_json
 
-# Okabe and Ito's palette for all kinds of colour vision, dark before light so that neighbours also
-# differ in grey; line style and marker repeat what colour says.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# Okabe and Ito's palette for all kinds of colour vision, ordered so that neighbours also differ in
+# grey; line style and marker repeat what colour says.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#000000", "#56B4E9", "#D55E00", "#CC79A7")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 2)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DPI = 110

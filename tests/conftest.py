@@ -1,0 +1,58 @@
+"""What all tests share: one thread, no network, small notebooks made on the spot."""
+
+import os
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+# Before torch is imported, and inherited by kernels: on shared cores one thread is the faster.
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "MPLBACKEND": "agg",
+    "JUPYTER_PLATFORM_DIRS": "1",
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, (str(HERE / "no_network"), str(HERE.parent), os.environ.get("PYTHONPATH")))
+    ),
+}
+sys.path.insert(0, str(HERE.parent))
+runpy.run_path(str(HERE / "no_network" / "sitecustomize.py"))
+
+import nbformat  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+PARAMETERS = 'PROFILE: str = "cpu"  # smoke, cpu or gpu\nN: int = 2  # how many'
+NotebookMaker = Callable[..., Path]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """An empty kit: a folder with notebooks/."""
+    (tmp_path / "notebooks").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def make_notebook(root: Path) -> NotebookMaker:
+    """make_notebook("01_name", ["code", ...], parameters=...) -> path in the empty kit."""
+
+    def make(name: str, cells: Sequence[str], *, parameters: str = PARAMETERS) -> Path:
+        first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+        rest = [nbformat.v4.new_code_cell(source) for source in cells]
+        kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+        notebook = nbformat.v4.new_notebook(
+            cells=[first, *rest],
+            metadata={"kernelspec": kernel, "language_info": {"name": "python"}},
+        )
+        path = root / "notebooks" / f"{name}.ipynb"
+        nbformat.write(notebook, path)
+        return path
+
+    return make

@@ -1,0 +1,164 @@
+"""Results on disk: atomic, readable, complete."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from steerkit import results
+
+PAPER = json.loads((results.ROOT / "data" / "paper_results.json").read_text(encoding="utf-8"))
+
+
+def save(out: Path, name: str = "window", **changes: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "claim": "window attention collapses",
+        "paper": results.paper_result("streaming.table1.window"),
+        "ours": {"window": 6.5, "streaming": 3.2},
+        "holds": torch.tensor(True),
+        "n": 3,
+        "interval": (3.0, 3.6),
+        "seeds": range(3),
+        "profile": "smoke",
+        "model": "tiny",
+    }
+    return results.save_claim(out, name, **(row | changes))
+
+
+@pytest.mark.parametrize("key", PAPER)
+def test_each_paper_number_names_its_paper_place_and_unit(key: str) -> None:
+    row = PAPER[key]
+    assert row.keys() in ({"paper", "where", "unit", "what", kind} for kind in ("value", "values"))
+    assert re.search(r"\(arXiv \d{4}\.\d{5}\)$", row["paper"])
+    assert row["where"] and row["unit"] and row["what"]
+    numbers = row["values"].values() if "values" in row else [row["value"]]
+    assert row["unit"] == "text" or all(isinstance(x, (int, float)) and x >= 0 for x in numbers)
+
+
+@pytest.mark.parametrize(
+    ("key", "column", "value"),
+    [
+        ("streaming.table1.window", None, 5158.07),
+        ("streaming.table1.streaming", None, 5.40),
+        ("streaming.table2.llama2_7b", "0", 3359.95),
+        ("streaming.table2.pythia_12b", "2", 12.09),
+        ("streaming.table3.zero_sink", "0+1024", 29214),
+        ("streaming.table6.llama2_7b", "4+2044", 9.08),
+        ("streaming.figure10.13b_recomputation", "4096", 2355),
+        ("sink_metric.mistral_7b", None, 97.49),
+        ("gatt.table30.baseline", "4", 10),
+        ("pasta.llama_7b.multi_task", "all", 95.46),
+        ("pasta.gptj.multi_task", None, 85.22),
+    ],
+)
+def test_paper_numbers_are_the_published_ones(key: str, column: str | None, value: float) -> None:
+    row = results.paper_result(key)
+    assert (row["value"] if column is None else row["values"][column]) == value
+
+
+def test_figure_10_speed_up_is_its_own_largest_ratio() -> None:
+    slow, fast = (PAPER[f"streaming.figure10.13b_{m}"] for m in ("recomputation", "streaming"))
+    ratios = [slow["values"][size] / fast["values"][size] for size in slow["values"]]
+    assert round(max(ratios), 1) == PAPER["streaming.figure10.speedup"]["value"]
+
+
+def test_unknown_paper_result_names_the_nearest_keys() -> None:
+    with pytest.raises(KeyError, match=r"streaming.table1.windw.*streaming\.table1\.window"):
+        results.paper_result("streaming.table1.windw")
+
+
+def test_a_claim_comes_back_from_disk_as_it_was_saved(tmp_path: Path) -> None:
+    row = save(tmp_path / "smoke" / "04_streaming")
+    (found,) = results.collect(tmp_path, "smoke")
+    assert found == {"notebook": "04_streaming", "name": "window"} | row | {"interval": [3.0, 3.6]}
+    assert found["holds"] is True and found["seeds"] == [0, 1, 2]
+    assert found["versions"].keys() == {"python", "steerkit", "torch", "transformers", "numpy"}
+
+
+def test_collect_sees_one_profile_and_only_what_is_new(tmp_path: Path) -> None:
+    save(tmp_path / "smoke" / "b", "second")
+    save(tmp_path / "smoke" / "a", "first")
+    save(tmp_path / "cpu" / "a", "other")
+    assert [r["name"] for r in results.collect(tmp_path, "smoke")] == ["first", "second"]
+    newest = max(f.stat().st_mtime for f in tmp_path.rglob("*.json"))
+    assert results.collect(tmp_path, "smoke", since=newest + 1) == []
+    assert results.collect(tmp_path, "gpu") == []
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    results.write_json(tmp_path / "a.json", [1])
+    with pytest.raises(TypeError):
+        results.write_json(tmp_path / "a.json", [object()])
+    with pytest.raises(IsADirectoryError):
+        (tmp_path / "folder").mkdir()
+        results.write_text(tmp_path / "folder", "text")
+    assert json.loads((tmp_path / "a.json").read_text()) == [1]
+    assert {p.name for p in tmp_path.iterdir()} == {"a.json", "folder"}
+
+
+def test_json_holds_tensors_arrays_and_infinity(tmp_path: Path) -> None:
+    value = {"t": torch.tensor([1.5, 2.0]), "a": np.float32(0.5), 3: float("inf"), "p": Path("x")}
+    results.write_json(tmp_path / "a.json", value)
+    back = json.loads((tmp_path / "a.json").read_text())
+    assert back == {"t": [1.5, 2.0], "a": 0.5, "3": "inf", "p": "x"}
+
+
+@pytest.mark.parametrize("name", ["", "../escape", "a/b"])
+def test_a_claim_cannot_leave_its_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="plain file name"):
+        save(tmp_path, name)
+
+
+def test_bootstrap_interval_is_the_normal_one_for_many_values() -> None:
+    values = torch.randn(4000, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+    mean, low, high = results.bootstrap(values)
+    half = 1.96 * values.std().item() / 4000**0.5
+    assert mean == pytest.approx(values.mean().item())
+    assert low == pytest.approx(mean - half, abs=half / 10)
+    assert high == pytest.approx(mean + half, abs=half / 10)
+
+
+def test_bootstrap_resamples_rows_together_and_repeats_exactly() -> None:
+    column = torch.randn(50)
+    mean, low, high = results.bootstrap(torch.stack([column, column + 1], dim=1))
+    assert torch.allclose(high[1] - high[0], torch.ones(()).double())
+    assert (mean[0].item(), low[0].item(), high[0].item()) == results.bootstrap(column)
+
+
+@pytest.mark.parametrize("values", [torch.tensor(1.0), torch.tensor([1.0])])
+def test_bootstrap_refuses_fewer_than_two_values(values: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        results.bootstrap(values)
+
+
+def test_table_shows_claim_paper_ours_and_verdict(tmp_path: Path) -> None:
+    rows = [save(tmp_path), save(tmp_path, paper=None, claim="another", holds=False)]
+    console = Console(width=200, record=True)
+    console.print(results.claims_table([{"notebook": "04", "name": "x"} | row for row in rows]))
+    first, second = (
+        line
+        for line in console.export_text().splitlines()
+        if "collapses" in line or "anoth" in line
+    )
+    assert "5158" in first and "window 6.5, streaming 3.2" in first and "yes" in first
+    assert "NO" in second and "5158" not in second
+
+
+def test_data_file_names_the_remedy_without_a_clone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"paper_results\.json.*pip install -e"):
+        results.paper_result("streaming.table1.window")
+
+
+def test_figures_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("STEERKIT_FIGURES", raising=False)
+    assert results.figures_dir("cpu", "04") == Path("../figures/cpu/04")
+    monkeypatch.setenv("STEERKIT_FIGURES", "elsewhere")
+    assert results.figures_dir("cpu", "04") == Path("elsewhere/cpu/04")
