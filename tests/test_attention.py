@@ -1,0 +1,273 @@
+"""The one door: equal to stock where nothing is attached, honest about what it cannot serve."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from tiny_models import CONFIGS, tiny, tokens
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from steerkit.attention import (
+    Call,
+    attach,
+    attention_modules,
+    attention_weights,
+    install,
+    key_mass,
+    record_rows,
+    sink_metric,
+    softmax,
+    softmax_off_by_one,
+    token0_mass,
+    value_norms,
+)
+
+SERVED = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt_neox", "gpt2", "olmo2"]
+REFUSED = {"gemma2": "SDPA", "gpt_oss": "SDPA", "gptj": "AttentionInterface"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return tiny("llama")
+
+
+def state_of(model: PreTrainedModel) -> tuple[str, list[str]]:
+    left = [key for m in model.modules() for key in m.__dict__ if key.startswith("_steerkit")]
+    return model.config._attn_implementation, left
+
+
+@torch.no_grad()
+def eager_weights(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """(L,B,H,T,T) by the library's own eager path."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    out = torch.stack(model(ids, output_attentions=True).attentions)
+    model.set_attn_implementation(before)
+    return out
+
+
+@pytest.mark.parametrize("name", SERVED)
+@torch.no_grad()
+def test_nothing_attached_is_bit_equal_to_stock_sdpa(name: str) -> None:
+    model, ids = tiny(name), tokens(2, 100)
+    padding = torch.ones_like(ids)
+    padding[0, :5] = 0
+    new = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    stock = model(ids).logits, model(ids, attention_mask=padding).logits
+    generated = model.generate(ids, attention_mask=padding, **new)
+    with install(model):
+        assert model.config._attn_implementation == "steerkit"
+        assert torch.equal(model(ids).logits, stock[0])
+        assert torch.equal(model(ids, attention_mask=padding).logits, stock[1])
+        assert torch.equal(model.generate(ids, attention_mask=padding, **new), generated)
+    assert state_of(model) == ("sdpa", [])
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_recorded_weights_equal_the_library_s_eager_ones(name: str) -> None:
+    model, ids = tiny(name), tokens(1, 90)  # beyond the sliding windows of 64
+    torch.testing.assert_close(
+        attention_weights(model, ids), eager_weights(model, ids)[:, 0], atol=2e-6, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_unsupported_architectures_are_refused_with_the_reason(name: str) -> None:
+    model = tiny(name)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=REFUSED[name]), install(model):
+        pass
+    assert state_of(model) == before
+
+
+def test_every_configured_architecture_is_either_served_or_refused() -> None:
+    assert set(CONFIGS) == {*SERVED, *REFUSED}
+
+
+def test_learned_sinks_and_soft_caps_never_reach_sdpa_silently(llama: PreTrainedModel) -> None:
+    module = attention_modules(llama)[0]
+    q = torch.zeros(1, 4, 3, 8)
+    from transformers import AttentionInterface
+
+    door = AttentionInterface()["steerkit"]
+    with pytest.raises(ValueError, match="learned sinks"):
+        door(module, q, q[:, :2], q[:, :2], None, s_aux=torch.zeros(4))
+    with pytest.raises(ValueError, match="softcap"):
+        door(module, q, q[:, :2], q[:, :2], None, softcap=50.0)
+
+
+def test_an_edit_sees_one_layer_and_is_gone_afterwards(llama: PreTrainedModel) -> None:
+    ids, seen = tokens(1, 7), []
+
+    def silence(call: Call) -> Tensor:
+        seen.append((call.query.shape, call.key.shape, call.mask))
+        return torch.zeros_like(call.attend())
+
+    before = llama(ids).logits
+    with attach(llama, {1: silence}):
+        changed = llama(ids).logits
+    assert seen == [((1, 4, 7, 8), (1, 2, 7, 8), None)]
+    assert not torch.allclose(before, changed)
+    assert torch.equal(llama(ids).logits, before)
+
+
+@pytest.mark.parametrize("fail", ["inside", "in the edit"])
+def test_an_exception_leaves_the_model_as_found(llama: PreTrainedModel, fail: str) -> None:
+    def broken(call: Call) -> Tensor:
+        raise RuntimeError("broken")
+
+    before = state_of(llama)
+    with pytest.raises(RuntimeError, match="broken"), attach(llama, {0: broken}):
+        if fail == "inside":
+            raise RuntimeError("broken")
+        llama(tokens(1, 3))
+    with pytest.raises(RuntimeError), softmax_off_by_one(llama):
+        raise RuntimeError
+    assert state_of(llama) == before
+
+
+def test_nesting_is_refused_and_the_first_edit_stays(llama: PreTrainedModel) -> None:
+    with attach(llama, {0: Call.attend}):
+        inside = state_of(llama)
+        with pytest.raises(ValueError, match="already attached"), attach(llama, {0: Call.attend}):
+            pass
+        assert state_of(llama) == inside
+    refused = pytest.raises(ValueError, match="already on")
+    with softmax_off_by_one(llama), refused, softmax_off_by_one(llama):
+        pass
+    assert state_of(llama) == ("sdpa", [])
+
+
+def test_a_layer_that_does_not_exist_is_an_error(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match=r"layers \[2\].*< 2"), attach(llama, {2: Call.attend}):
+        pass
+
+
+def test_finding_the_layers_leaves_the_random_state_alone() -> None:
+    model = tiny("gpt2").train()  # dropout draws random numbers
+    before = torch.get_rng_state()
+    attention_modules(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def off_by_one_by_hand(call: Call) -> Tensor:
+    """exp(s) / (1 + sum exp(s)), literally."""
+    q, k, v = (x.double() for x in (call.query, call.key, call.value))
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = (q @ k.mT * call.scaling).exp()
+    if call.mask is not None:
+        scores = scores * call.mask
+    elif q.shape[2] > 1:
+        scores = scores.tril()
+    weights = scores / (1 + scores.sum(-1, keepdim=True))
+    return (weights @ v).transpose(1, 2).to(call.query.dtype)
+
+
+def by_hand(model: PreTrainedModel, run: Callable[[], Tensor]) -> Tensor:
+    with attach(model, dict.fromkeys(range(2), off_by_one_by_hand)):
+        return run()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gpt2", "mistral"])
+@torch.no_grad()
+def test_softmax_off_by_one_equals_its_formula(name: str) -> None:
+    model, ids = tiny(name, sharpen=2.0), tokens(2, 90)
+    padding = torch.ones_like(ids)
+    padding[0, :3] = 0
+
+    def generate() -> Tensor:
+        return model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+
+    plain = model(ids).logits
+    wanted = by_hand(model, lambda: model(ids).logits)
+    padded = by_hand(model, lambda: model(ids, attention_mask=padding).logits)
+    generated = by_hand(model, generate)
+    with softmax_off_by_one(model):
+        torch.testing.assert_close(model(ids).logits, wanted, atol=1e-4, rtol=1e-4)
+        ours = model(ids, attention_mask=padding).logits
+        torch.testing.assert_close(ours[:, 3:], padded[:, 3:], atol=1e-4, rtol=1e-4)
+        assert torch.equal(generate(), generated)
+    assert (wanted - plain).abs().max() > 0.05
+
+
+def test_softmax_off_by_one_can_be_trained(llama: PreTrainedModel) -> None:
+    ids = tokens(1, 12)
+    wanted = by_hand(llama, lambda: grads(llama, ids))
+    with softmax_off_by_one(llama):
+        ours = grads(llama, ids)
+    torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-3)
+
+
+def grads(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    model(ids, labels=ids).loss.backward()
+    out = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return out
+
+
+def test_softmax_with_a_zero_sink_is_softmax_over_one_more_zero_score() -> None:
+    scores = torch.tensor([[0.0, 0.0, -torch.inf], [2.0, 1.0, 3.0]])
+    exp = scores.exp()
+    torch.testing.assert_close(softmax(scores, True), exp / (1 + exp.sum(-1, keepdim=True)))
+    assert softmax(scores, True)[0].tolist() == pytest.approx([1 / 3, 1 / 3, 0])
+
+
+@pytest.mark.parametrize("zero_sink", [False, True])
+def test_reductions_equal_the_full_weights(
+    llama: PreTrainedModel, zero_sink: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steerkit.attention._CHUNK_NUMBERS", 4 * 50 * 3)  # a few rows per chunk
+    ids, rows = tokens(2, 50), []
+    with softmax_off_by_one(llama) if zero_sink else install(llama):
+        full = torch.stack([attention_weights(llama, row[None]) for row in ids])  # (B,L,H,T,T)
+        mass, alpha = token0_mass(llama, ids), key_mass(llama, ids, k=3)
+        heads = full[..., :20, 0].mean(-1)  # (B,L,H)
+        eps = heads.median().item() + 1e-4
+        metric = sink_metric(llama, ids, eps=eps, k=0, tokens=20)
+        record_rows(llama, ids, lambda r: rows.append(r.weights.shape[2]))
+    assert max(rows) == 1 and sum(rows) == 2 * 50  # chunks, and every row of both layers once
+    torch.testing.assert_close(mass, full[..., 1:, 0].mean((0, -1)))
+    torch.testing.assert_close(alpha, full[..., 3:, 3].mean(-1))
+    assert metric == pytest.approx((heads > eps).float().mean().item()) == 0.5
+    assert (full.sum(-1) < 1 - 1e-3).any() == zero_sink
+
+
+@torch.no_grad()
+def test_value_norms_are_norms_of_the_projected_values(llama: PreTrainedModel) -> None:
+    ids = tokens(1, 9)
+    layer = llama.model.layers[0]
+    hidden = layer.input_layernorm(llama.model.embed_tokens(ids))
+    values = layer.self_attn.v_proj(hidden).view(9, 2, 8)  # (T,Hkv,D)
+    norms = value_norms(llama, ids)
+    assert norms.shape == (2, 2, 9)
+    torch.testing.assert_close(norms[0], values.norm(dim=-1).T)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: attention_weights(m, tokens(2, 9)), "at most"),
+        (lambda m: attention_weights(m, torch.zeros(1, 60_000, dtype=torch.long)), "at most"),
+        (lambda m: token0_mass(m, tokens(1, 1)), "two tokens"),
+        (lambda m: token0_mass(m, tokens(1, 9)[0]), "two tokens"),
+        (lambda m: sink_metric(m, tokens(1, 9)), "tokens=64"),
+        (lambda m: sink_metric(m, tokens(1, 9), eps=1.5, tokens=9), "eps=1.5"),
+        (lambda m: key_mass(m, tokens(1, 9), k=9), "k=9"),
+    ],
+)
+def test_bad_input_is_one_clear_error(
+    llama: PreTrainedModel, call: Callable[[PreTrainedModel], object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(llama)
+    assert state_of(llama) == ("sdpa", [])

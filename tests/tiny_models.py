@@ -1,0 +1,75 @@
+"""Tiny random checkpoints of many architectures, built from their configs."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoXConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+V = 96
+SIZE = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+_OLD = {key: SIZE[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")}
+_NEOX = {key: SIZE[key] for key in SIZE if key not in ("num_key_value_heads", "head_dim")}
+_GPT2 = _OLD | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**SIZE),
+    "mistral": lambda: MistralConfig(**SIZE, sliding_window=64),
+    "qwen2": lambda: Qwen2Config(**SIZE),
+    "qwen3": lambda: Qwen3Config(**SIZE),
+    "gemma2": lambda: Gemma2Config(**SIZE, sliding_window=64),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SIZE, sliding_window=64, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "phi3": lambda: Phi3Config(**SIZE),
+    "gpt_neox": lambda: GPTNeoXConfig(**_NEOX, rotary_pct=0.25),
+    "gpt2": lambda: GPT2Config(**_GPT2),
+    "olmo2": lambda: Olmo2Config(**SIZE),
+    "gpt_oss": lambda: GptOssConfig(**SIZE, num_local_experts=2, num_experts_per_tok=1),
+    "gptj": lambda: GPTJConfig(**_GPT2, rotary_dim=4),
+}
+
+
+def tiny(name: str, *, seed: int = 0, sharpen: float = 4.0, **changes: object) -> PreTrainedModel:
+    """A random model in eval mode; `sharpen` scales matrices: attention far from uniform."""
+    config = CONFIGS[name]()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(sharpen)
+    return model
+
+
+def tokens(B: int, T: int, *, seed: int = 0) -> torch.Tensor:
+    """(B,T) random ids, pads excluded."""
+    return torch.randint(3, V, (B, T), generator=torch.Generator().manual_seed(seed))
