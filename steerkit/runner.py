@@ -103,6 +103,7 @@ def execute(
                 cwd=path.parent,
                 execution_timeout=timeout,
                 progress_bar=progress,
+                extra_arguments=["--log-level=ERROR"],  # a local kernel warns of plain TCP
             )
         except Exception as failure:  # one notebook's failure must not stop the others
             error = _explain(failure, partial)

@@ -4,6 +4,7 @@ import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -32,6 +33,20 @@ PARAMETERS = 'PROFILE: str = "cpu"  # smoke, cpu or gpu\nN: int = 2  # how many'
 NotebookMaker = Callable[..., Path]
 
 
+def write_notebook(
+    root: Path, name: str, cells: Sequence[str], *, parameters: str = PARAMETERS
+) -> Path:
+    """Put a notebook of a parameters cell and `cells` into the kit at `root`."""
+    first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    rest = [nbformat.v4.new_code_cell(source) for source in cells]
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    path = root / "notebooks" / f"{name}.ipynb"
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=[first, *rest], metadata=metadata), path)
+    return path
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """An empty kit: a folder with notebooks/."""
@@ -42,17 +57,4 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture
 def make_notebook(root: Path) -> NotebookMaker:
     """make_notebook("01_name", ["code", ...], parameters=...) -> path in the empty kit."""
-
-    def make(name: str, cells: Sequence[str], *, parameters: str = PARAMETERS) -> Path:
-        first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
-        rest = [nbformat.v4.new_code_cell(source) for source in cells]
-        kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-        notebook = nbformat.v4.new_notebook(
-            cells=[first, *rest],
-            metadata={"kernelspec": kernel, "language_info": {"name": "python"}},
-        )
-        path = root / "notebooks" / f"{name}.ipynb"
-        nbformat.write(notebook, path)
-        return path
-
-    return make
+    return partial(write_notebook, root)

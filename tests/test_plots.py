@@ -85,6 +85,13 @@ def test_heat_map_blanks_the_future_and_keeps_zeros_of_the_past() -> None:
     plt.close(fig)
 
 
+def test_heat_map_hides_nothing_of_a_map_that_is_not_causal() -> None:
+    fig, ax = plt.subplots()
+    plots.heat_map(ax, np.full((2, 3), 0.5))
+    assert not np.ma.is_masked(ax.images[0].get_array())
+    plt.close(fig)
+
+
 def test_heat_map_of_the_last_queries_labels_them_as_the_last_tokens() -> None:
     fig, ax = plt.subplots()
     plots.heat_map(ax, np.full((1, 3), 1 / 3), labels=["a", "b", "c"], bar=None)

@@ -90,15 +90,22 @@ def test_collect_sees_one_profile_and_only_what_is_new(tmp_path: Path) -> None:
     assert results.collect(tmp_path, "gpu") == []
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(path: Path, content: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
     results.write_json(tmp_path / "a.json", [1])
     with pytest.raises(TypeError):
         results.write_json(tmp_path / "a.json", [object()])
-    with pytest.raises(IsADirectoryError):
-        (tmp_path / "folder").mkdir()
-        results.write_text(tmp_path / "folder", "text")
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        results.write_json(tmp_path / "a.json", [2, 3, 4])
     assert json.loads((tmp_path / "a.json").read_text()) == [1]
-    assert {p.name for p in tmp_path.iterdir()} == {"a.json", "folder"}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_json_holds_tensors_arrays_and_infinity(tmp_path: Path) -> None:

@@ -1,0 +1,162 @@
+"""Packaging agrees with itself: one list of extras, one Python range, one test command."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+
+from steerkit.results import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+MAKEFILE = (ROOT / "Makefile").read_text()
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
+PINS = dict(
+    line.split("==")
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if not line.startswith("#")
+)
+ACCELERATOR = re.compile(r"^(nvidia-|cuda-|triton|pytorch-triton)")
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def needed(requirement: str) -> tuple[str, bool]:
+    """Name of a requirement, and whether this interpreter and platform need it."""
+    from packaging.requirements import Requirement
+
+    parsed = Requirement(requirement)
+    here = parsed.marker is None or parsed.marker.evaluate({"extra": ""})
+    return normal(parsed.name), here
+
+
+def closure(names: set[str]) -> set[str]:
+    """All installed packages that `names` bring."""
+    found: set[str] = set()
+    todo = set(names)
+    while todo:
+        name = todo.pop()
+        found.add(name)
+        try:
+            requires = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue  # an extra that the test environment does not install
+        todo |= {n for n, here in map(needed, requires) if here} - found
+    return found
+
+
+def direct() -> set[str]:
+    lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    return {needed(requirement)[0] for requirements in lists for requirement in requirements}
+
+
+def makefile_extras() -> set[str]:
+    (extras,) = re.findall(r"^EXTRAS = (.+)$", MAKEFILE, re.MULTILINE)
+    return set(extras.split(","))
+
+
+def pip_section() -> list[str]:
+    (section,) = (d["pip"] for d in ENVIRONMENT["dependencies"] if isinstance(d, dict))
+    return section
+
+
+def test_conda_environment_installs_the_extras_and_constraints_of_the_makefile() -> None:
+    (editable,) = (line for line in pip_section() if line.startswith("-e "))
+    assert set(editable.removeprefix("-e .[").removesuffix("]").split(",")) == makefile_extras()
+    assert "-c constraints.txt" in pip_section() and "-c constraints.txt" in MAKEFILE
+    assert makefile_extras() <= PROJECT["optional-dependencies"].keys()
+
+
+def test_conda_environment_uses_conda_forge_only() -> None:
+    assert ENVIRONMENT["channels"] == ["conda-forge", "nodefaults"]
+
+
+def test_the_python_range_is_the_same_everywhere() -> None:
+    low, high = (
+        tuple(map(int, v.split("."))) for v in re.findall(r"3\.\d+", PROJECT["requires-python"])
+    )
+    assert f"python{PROJECT['requires-python']}" in ENVIRONMENT["dependencies"]
+    assert f"{low} <= sys.version_info[:2] < {high}" in MAKEFILE
+    named = {f"3.{minor}" for minor in range(low[1], high[1])}
+    assert (
+        set(re.findall(r"python(3\.\d+)", re.search(r"for python in (.+);", MAKEFILE)[1])) == named
+    )
+    readme = (ROOT / "README.md").read_text()
+    assert named <= set(re.findall(r"3\.\d+", readme))
+
+
+def test_every_dependency_of_every_extra_is_pinned_exactly() -> None:
+    unpinned = {n for n in closure(direct()) if n not in PINS and not ACCELERATOR.match(n)}
+    assert unpinned == set()
+    assert all(re.fullmatch(r"\d[\w.]*", version) for version in PINS.values())
+    assert not any(ACCELERATOR.match(name) for name in PINS)
+
+
+def test_pins_lie_in_the_declared_ranges() -> None:
+    from packaging.requirements import Requirement
+
+    lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    for requirement in (Requirement(r) for requirements in lists for r in requirements):
+        assert requirement.specifier.contains(PINS[normal(requirement.name)]), requirement
+
+
+def test_constraints_name_no_host_and_no_local_path() -> None:
+    text = (ROOT / "constraints.txt").read_text()
+    assert not re.search(r"://|@|^-|^/", text, re.MULTILINE)
+
+
+def test_ci_runs_the_same_command_as_the_readme() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    commands = [s for s in script.splitlines() if s and not s.startswith(("#", "set ", "cd "))]
+    assert commands == ["make test"]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert re.search(r"^make test\b", (ROOT / "README.md").read_text(), re.MULTILINE)
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_names_the_remedy_without_a_right_python(tmp_path: Path) -> None:
+    for tool in ("sh", "bash", "env"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")  # as an old Python answers the probe
+    (tmp_path / "python3").chmod(0o755)
+    command = [shutil.which("make"), "-C", str(ROOT), "venv", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": str(tmp_path)})
+    assert done.returncode != 0
+    assert "No Python 3.11, 3.12 or 3.13 with the venv module" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize("arguments", [["check"], ["format", "--check"]])
+def test_ruff_agrees(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "ruff", *arguments, "--no-cache", "."]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_no_test_reaches_beyond_this_machine() -> None:
+    with pytest.raises(ConnectionRefusedError, match="without a network"):
+        socket.create_connection(("192.0.2.1", 80), timeout=1)
+    code = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=1)"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "without a network" in child.stderr
+
+
+def test_importing_the_package_opens_no_connection_and_prints_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import steerkit"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
