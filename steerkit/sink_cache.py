@@ -233,6 +233,9 @@ class SinkLayer(CacheLayerMixin):
         self.keys = self.values = None
         self.is_initialized = False
 
+    def tensors(self) -> list[Tensor]:
+        return [self.keys, self.values, self.sink_keys] if self.is_initialized else []
+
     def each(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change the batch axis of everything stored (beam search)."""
         if self.is_initialized:
@@ -289,7 +292,13 @@ class SinkCache(Cache):
         """Tokens of the stream so far, evicted ones included."""
         return self.stream.seen
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored keys and values: constant from the first forward on."""
+        return sum(x.nbytes for layer in self.layers for x in layer.tensors())
+
     def reset(self) -> None:
+        """Forget the stream; the next forward begins a new one."""
         super().reset()
         self.stream.restart()
 

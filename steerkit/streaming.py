@@ -5,14 +5,16 @@ Axes: B batch, T tokens of the stream, V vocabulary. Losses in nats.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
 
 from steerkit.attention import install
 from steerkit.rotary import rope_kinds
@@ -22,7 +24,6 @@ _SHOW_AFTER = 2.0  # seconds before a progress bar appears
 _BATCH_TOKENS = 8192  # tokens per forward of re-computation
 
 
-@torch.no_grad()
 def token_losses(
     model: PreTrainedModel,
     ids: Tensor,
@@ -35,33 +36,56 @@ def token_losses(
 
     `window=None` is dense: all earlier tokens are kept, and memory grows. Otherwise a token sees
     the first `sinks` tokens, the `window` before it and itself, at positions inside the cache:
-    StreamingLLM, or window attention with `sinks=0`; memory and precision do not depend on T. Equal
-    to one token per forward, whatever the `block` of tokens that one forward takes. The model's
-    last forward is over token T-2.
+    StreamingLLM, or window attention with `sinks=0`; memory and precision do not depend on T.
+    Equal to one token per forward, whatever the `block` of tokens that one forward takes.
     """
+    return _scores(model, ids, sinks, window, block, next_token_loss)
+
+
+def token_hits(
+    model: PreTrainedModel,
+    ids: Tensor,
+    *,
+    sinks: int = 4,
+    window: int | None = None,
+    block: int = 256,
+) -> Tensor:
+    """Whether greedy decoding would say each next token: (B,T) -> (B,T-1) boolean on the CPU."""
+
+    def hit(logits: Tensor, targets: Tensor) -> Tensor:
+        return logits.argmax(-1) == targets
+
+    return _scores(model, ids, sinks, window, block, hit).bool()
+
+
+@torch.no_grad()
+def _scores(
+    model: PreTrainedModel,
+    ids: Tensor,
+    sinks: int,
+    window: int | None,
+    block: int,
+    score: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """`score(logits (B,n,V), targets (B,n)) -> (B,n)` over the stream, `block` tokens a forward."""
     check_ids(model, ids)
     if block < 1:
-        raise ValueError(
-            f"block={block}: expected at least 1 token per forward (256 is fast on a CPU)"
-        )
-    B, T = ids.shape
+        raise ValueError(f"block={block}: expected at least 1 token per forward (256 suits a CPU)")
+    T, streams = ids.shape[1], window is not None
     if window is None:
         _refuse_length(model, T - 1)
-    streams = window is not None
-    cache = (
-        SinkCache(model, sinks=sinks, window=window)
-        if streams
-        else DynamicCache(config=model.config)
-    )
-    losses = torch.empty(B, T - 1)
+        cache: Cache = DynamicCache(config=model.config)
+    else:
+        cache = SinkCache(model, sinks=sinks, window=window)
+    out = torch.empty(ids.shape[0], T - 1)
     bar = tqdm(total=T - 1, unit=" tokens", unit_scale=True, delay=_SHOW_AFTER, leave=False)
     with install(model) if streams else nullcontext(), bar:
         for start in range(0, T - 1, block):
             piece = ids[:, start : start + block + 1].to(model.device)
             logits = model(input_ids=piece[:, :-1], past_key_values=cache, use_cache=True).logits
-            losses[:, start : start + block] = next_token_loss(logits, piece[:, 1:])
+            out[:, start : start + block] = score(logits, piece[:, 1:])
             bar.update(piece.shape[1] - 1)
-    return losses
+    return out
 
 
 @torch.no_grad()
@@ -101,10 +125,8 @@ def recomputed_losses(
         early = next_token_loss(model(input_ids=head[:, :-1], use_cache=False).logits, head[:, 1:])
         losses[:, ~full] = early[:, wanted[~full]]
     if full.any():
-        ends = wanted[full]
-        losses[:, full] = _window_losses(
-            model, ids, ends, length, batch or max(1, _BATCH_TOKENS // length)
-        )
+        batch = max(1, _BATCH_TOKENS // length) if batch is None else batch
+        losses[:, full] = _window_losses(model, ids, wanted[full], length, batch)
     return losses
 
 
@@ -117,11 +139,7 @@ def _window_losses(
     B, P = ids.shape[0], len(ends)
     rows = torch.arange(B).repeat_interleave(P)
     lasts = ends.repeat(B)
-    keep = (
-        {"logits_to_keep": 1}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters
-        else {}
-    )
+    keep = _last_only(model)
     losses = torch.empty(B * P)
     offsets = torch.arange(1 - length, 1)
     with tqdm(total=B * P, unit=" windows", delay=_SHOW_AFTER, leave=False) as bar:
@@ -133,6 +151,12 @@ def _window_losses(
             losses[start : start + batch] = next_token_loss(logits, target)[:, 0]
             bar.update(len(row))
     return losses.view(B, P)
+
+
+def _last_only(model: PreTrainedModel) -> dict[str, int]:
+    """Spares the vocabulary head all positions but the last, where the model offers it."""
+    known = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if known else {}
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -174,3 +198,100 @@ def _refuse_length(model: PreTrainedModel, tokens: int) -> None:
             f"{tokens} tokens at once: this model's positions end, or change their meaning, "
             f"at {limit}; cut the stream, or use a model with static rotary positions"
         )
+
+
+# Talk without end
+
+
+class Reply(NamedTuple):
+    """One answer of `stream_chat`; `seen` and `kept` count the stream's tokens so far."""
+
+    text: str
+    ids: list[int]
+    seen: int
+    kept: int
+
+
+def greedy(logits: Tensor) -> int:
+    """The most likely token of (V,) logits."""
+    return int(logits.argmax())
+
+
+def stream_chat(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Iterable[str],
+    *,
+    system: str | None = None,
+    sinks: int = 4,
+    window: int = 1020,
+    max_new_tokens: int = 128,
+    choose: Callable[[Tensor], int] = greedy,
+) -> Iterator[Reply]:
+    """Answer user messages, one `Reply` each, for as long as they come, in constant memory.
+
+    The cache evicts what is neither sink nor recent: the model forgets it. `messages` is read
+    lazily; `choose` picks a token id from (V,) logits. No id tensor grows, as it does in
+    `generate`.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
+    opening, between = _turn_texts(tokenizer, system)
+    cache = SinkCache(model, sinks=sinks, window=window)
+    stops = _stop_ids(model, tokenizer)
+    unread: list[int] = []  # a reply cut short: its last token has not been fed yet
+    for number, message in enumerate(messages):
+        before, after = between if number else opening
+        text = before + message + after
+        ids = unread + tokenizer(text, add_special_tokens=False).input_ids
+        reply = _reply(model, cache, ids, max_new_tokens, stops, choose)
+        ended = reply[-1] in stops
+        said, unread = (reply[:-1], []) if ended else (reply, reply[-1:])
+        text = tokenizer.decode(said, skip_special_tokens=True)
+        yield Reply(text, said, cache.seen, min(cache.seen, sinks + window + 1))
+
+
+@torch.no_grad()
+def _reply(
+    model: PreTrainedModel,
+    cache: SinkCache,
+    ids: list[int],
+    limit: int,
+    stops: set[int],
+    choose: Callable[[Tensor], int],
+) -> list[int]:
+    """Feed `ids`, then decode up to `limit` tokens; the last one is not fed."""
+    out: list[int] = []
+    while len(out) < limit and not (out and out[-1] in stops):
+        inputs = torch.tensor([out[-1:] or ids], device=model.device)
+        logits = model(input_ids=inputs, past_key_values=cache, use_cache=True, **_last_only(model))
+        out.append(choose(logits.logits[0, -1]))
+    return out
+
+
+def _turn_texts(
+    tokenizer: PreTrainedTokenizerBase, system: str | None
+) -> tuple[tuple[str, str], tuple[str, str]]:
+    """What the chat template puts (before, after) the first user message, and a later one.
+
+    A later message's "before" begins with the end of the reply that it follows.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template: a conversation needs one")
+    users, said = ("USERFIRST", "USERSECOND"), "ASSISTANTFIRST"
+    rows = [{"role": "system", "content": system}] if system is not None else []
+    rows.append({"role": "user", "content": users[0]})
+
+    def render(rows: list[dict[str, str]]) -> str:
+        return tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True)
+
+    before, after = render(rows).split(users[0])
+    rows += [{"role": "assistant", "content": said}, {"role": "user", "content": users[1]}]
+    later = render(rows).split(said)[1].split(users[1])
+    return (before, after), (later[0], later[1])
+
+
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    stops = model.generation_config.eos_token_id
+    found = {tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])}
+    return found - {None}

@@ -1,0 +1,568 @@
+"""Streaming equals one token per forward, under every option, for every architecture it accepts."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracle_streaming import Oracle
+from tiny_models import V, tiny, tokens
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from steerkit.attention import attention_weights, install, softmax_off_by_one
+from steerkit.rotary import Rotation, learn_rotations
+from steerkit.sink_cache import SinkCache
+from steerkit.streameval import (
+    EvalStream,
+    Fact,
+    Query,
+    accuracy_by_distance,
+    eval_hits,
+    eval_stream,
+)
+from steerkit.streaming import recomputed_losses, stream_chat, token_hits, token_losses
+
+REFERENCE = Path(__file__).parent / "data" / "reference"
+ROTARY = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt_neox", "olmo2"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def official() -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    arrays = np.load(REFERENCE / "streaming.npz")
+    model = LlamaForCausalLM.from_pretrained(REFERENCE).eval()
+    model.generation_config.eos_token_id = None
+    return model, {name: torch.tensor(arrays[name]) for name in arrays.files}
+
+
+@torch.no_grad()
+def stock_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    logits = model(ids).logits[:, :-1].log_softmax(-1)
+    return -logits.gather(-1, ids[:, 1:, None])[..., 0]
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+# token_losses
+
+
+@pytest.mark.parametrize(("sinks", "window"), [(4, 60), (0, 64), (1, 31), (4, 28)])
+@pytest.mark.parametrize("block", [256, 37])
+def test_losses_equal_the_official_code(official, sinks: int, window: int, block: int) -> None:
+    model, want = official
+    ours = token_losses(model, want["ids"], sinks=sinks, window=window, block=block)
+    assert gap(ours[0], want[f"nll_{sinks}_{window}"]) < 1e-4
+
+
+def test_dense_losses_equal_the_official_code(official) -> None:
+    model, want = official
+    assert gap(token_losses(model, want["ids"])[0], want["nll_dense"]) < 1e-4
+
+
+@pytest.mark.parametrize("change", ["window off by one", "no sinks", "one sink fewer", "no clamp"])
+def test_the_official_numbers_can_tell_a_wrong_method(official, change: str) -> None:
+    model, want = official
+    ids = want["ids"]
+    wrong = {
+        "window off by one": lambda: token_losses(model, ids, sinks=4, window=61)[0],
+        "no sinks": lambda: token_losses(model, ids, sinks=0, window=64)[0],
+        "one sink fewer": lambda: token_losses(model, ids, sinks=3, window=61)[0],
+        "no clamp": lambda: Oracle(model, 4, 60, clamp=False).losses(ids[:, :300])[0],
+    }[change]()
+    assert gap(wrong, want["nll_4_60"][: len(wrong)]) > 0.05
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+@pytest.mark.parametrize(("sinks", "window"), [(4, 20), (0, 9), (7, 1)])
+def test_losses_equal_one_token_at_a_time(name: str, sinks: int, window: int) -> None:
+    model, ids = tiny(name), tokens(2, 220)
+    want = Oracle(model, sinks, window).losses(ids)
+    for block in (1, 5, 64, 256):  # smaller than the sinks, than the window, larger than both
+        ours = token_losses(model, ids, sinks=sinks, window=window, block=block)
+        assert gap(ours, want) < 2e-5, block
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_blocks_change_nothing_and_a_wide_window_is_dense(name: str) -> None:
+    model, ids = tiny(name), tokens(2, 150)
+    one = token_losses(model, ids, sinks=3, window=30, block=1)
+    assert gap(token_losses(model, ids, sinks=3, window=30, block=70), one) < 2e-4
+    short = ids[:, :63]  # within the sliding windows
+    wide = token_losses(model, short, sinks=2, window=60, block=20)
+    assert gap(wide, stock_losses(model, short)) < 2e-5
+    assert gap(token_losses(model, ids, block=40), stock_losses(model, ids)) < 2e-5
+
+
+def test_more_queries_than_one_chunk_in_a_forward(llama: PreTrainedModel) -> None:
+    ids = tokens(1, 700)
+    want = token_losses(llama, ids, sinks=4, window=50, block=64)
+    assert gap(token_losses(llama, ids, sinks=4, window=50, block=699), want) < 2e-5
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear", "llama3"])
+def test_static_rope_scaling_streams_exactly(kind: str) -> None:
+    more = {"yarn": {"original_max_position_embeddings": 64}, "linear": {}}
+    more["llama3"] = more["yarn"] | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0} | more[kind]
+    model, ids = tiny("llama", rope_parameters=rope), tokens(1, 150)
+    want = Scaled(model, 3, 20).losses(ids)
+    assert gap(token_losses(model, ids, sinks=3, window=20), want) < 2e-5
+
+
+class Scaled(Oracle):
+    """yarn's factor on cos and sin is in the raw keys already (position 0), so it is taken out."""
+
+    def __init__(self, model: PreTrainedModel, sinks: int, window: int) -> None:
+        super().__init__(model, sinks, window)
+        rotary, scale = self.rotary, self.rotary.attention_scaling
+        self.rotary = lambda x, p: tuple(part / scale for part in rotary(x, p))
+
+
+def test_positions_stay_exact_far_into_a_stream(llama: PreTrainedModel) -> None:
+    """Two passes over the same text, far apart: once the first is evicted, losses repeat."""
+    text = tokens(1, 400)
+    ids = torch.cat([text[:, :4], *[text] * 50], dim=1)  # 20,000 tokens
+    losses = token_losses(llama, ids, sinks=4, window=20)[0]
+    second, last = losses[403 + 40 : 803], losses[-360:]
+    assert gap(second, last) < 2e-5
+
+
+def test_memory_does_not_grow(llama: PreTrainedModel) -> None:
+    cache, sizes = SinkCache(llama, sinks=4, window=20), []
+    with torch.no_grad():
+        for piece in tokens(1, 900).split(100, dim=1):
+            llama(piece, past_key_values=cache)
+            sizes.append(cache.nbytes)
+    assert len(set(sizes)) == 1
+    assert sizes[0] == 2 * 4 * 2 * 8 * (25 + 25 + 4)  # layers, bytes, heads, D, slots
+
+
+def test_a_zero_sink_model_streams(llama: PreTrainedModel) -> None:
+    ids = tokens(2, 120)
+    plain = token_losses(llama, ids, sinks=2, window=20)
+    with softmax_off_by_one(llama):
+        one = token_losses(llama, ids, sinks=2, window=20, block=1)
+        assert gap(token_losses(llama, ids, sinks=2, window=20), one) < 2e-5
+        wide = token_losses(llama, ids, sinks=2, window=200, block=50)
+        assert gap(wide, stock_losses(llama, ids)) < 2e-5
+    assert gap(one, plain) > 0.05
+
+
+def test_hits_are_the_greedy_tokens(llama: PreTrainedModel) -> None:
+    ids = tokens(1, 30)
+    new = llama.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0)
+    assert token_hits(llama, new)[0, 29:].all()
+    assert not token_hits(llama, new + (new < V - 1))[0, 29:].all()
+
+
+def test_interleaved_pairs_turn_as_complex_numbers() -> None:
+    x, steps = torch.randn(5, 12, dtype=torch.float64).float(), torch.arange(5)
+    rotation = Rotation(torch.tensor([1.0, 0.3, 0.01], dtype=torch.float64), True)
+    pairs = torch.view_as_complex(x[:, :6].reshape(5, 3, 2))
+    angles = steps[:, None] * rotation.frequencies
+    want = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(1)
+    ours = rotation.turn(x, rotation.table(steps))
+    torch.testing.assert_close(ours, torch.cat([want.float(), x[:, 6:]], 1))
+
+
+@pytest.mark.parametrize("name", ROTARY)
+def test_rotations_are_learnt_layer_by_layer(name: str) -> None:
+    model = tiny(name)
+    _, rotations = learn_rotations(model)
+    assert [r.interleaved for r in rotations] == [False, False]
+    assert rotations[0].frequencies.numel() == (1 if name == "gpt_neox" else 4)
+    local, full = (r.frequencies.tolist() for r in rotations)
+    assert (local != full) == (name == "gemma3")  # two bases in one model
+
+
+# recomputed_losses
+
+
+def test_recomputation_equals_a_forward_per_token(llama: PreTrainedModel) -> None:
+    ids, L = tokens(2, 40), 12
+    want = [stock_losses(llama, ids[:, max(0, p + 1 - L) : p + 2])[:, -1] for p in range(39)]
+    ours = recomputed_losses(llama, ids, length=L, batch=7)
+    assert gap(ours, torch.stack(want, 1)) < 2e-5
+    some = [38, 3, 11, 12, 3]
+    assert gap(recomputed_losses(llama, ids, length=L, positions=some), ours[:, some]) < 2e-5
+    assert gap(ours, token_losses(llama, ids, sinks=0, window=L - 1)) > 0.05
+
+
+def test_recomputation_over_everything_is_dense(llama: PreTrainedModel) -> None:
+    ids = tokens(1, 30)
+    assert gap(recomputed_losses(llama, ids, length=50), stock_losses(llama, ids)) < 2e-5
+
+
+# SinkCache under generate
+
+
+GREEDY = {"do_sample": False, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("prompt", [100, 20])  # longer and shorter than the cache
+def test_generate_equals_the_oracle_over_2000_tokens(official, prompt: int) -> None:
+    model = official[0]
+    ids, new = tokens(1, prompt), 2000 if prompt == 100 else 200
+    cache = SinkCache(model, sinks=4, window=28)
+    out = model.generate(ids, past_key_values=cache, max_new_tokens=new, **GREEDY)
+    assert out[0, prompt:].tolist() == Oracle(model, 4, 28).greedy(ids, new)
+    assert cache.get_seq_length() == prompt + new - 1
+    assert len(set(out[0, -200:].tolist())) > 100  # not a loop, which would prove little
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma3"])
+def test_conversation_goes_on_over_many_turns(name: str) -> None:
+    model, ids = tiny(name), tokens(1, 40)
+    cache = SinkCache(model, sinks=4, window=20)
+    for turn in range(4):
+        ids = model.generate(ids, past_key_values=cache, max_new_tokens=15, **GREEDY)
+        ids = torch.cat([ids, tokens(1, 1 + 11 * turn, seed=turn)], dim=1)
+    with torch.no_grad():
+        logits = model(ids[:, cache.seen :], past_key_values=cache).logits[:, -1]
+    want = token_losses(model, torch.cat([ids, ids[:, :1]], 1), sinks=4, window=20, block=1)
+    assert -logits.log_softmax(-1)[0, ids[0, 0]].item() == pytest.approx(
+        want[0, -1].item(), abs=1e-4
+    )
+
+
+def test_batches_of_equal_length_and_chunked_prefill(llama: PreTrainedModel) -> None:
+    ids, new = tokens(3, 70), {"max_new_tokens": 40, **GREEDY}
+    out = llama.generate(ids, past_key_values=SinkCache(llama, window=20), **new)
+    for row in range(3):
+        assert out[row, 70:].tolist() == Oracle(llama, 4, 20).greedy(ids[row : row + 1], 40)
+    cache = SinkCache(llama, window=20)
+    chunked = llama.generate(ids, past_key_values=cache, prefill_chunk_size=16, **new)
+    assert torch.equal(chunked, out)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_model_s_own_attention_serves_single_tokens(implementation: str) -> None:
+    model, ids = tiny("llama"), tokens(1, 50)
+    want = Oracle(model, 4, 20).greedy(ids, 30)
+    model.set_attn_implementation(implementation)
+    out = model.generate(
+        ids, past_key_values=SinkCache(model, window=20), max_new_tokens=30, **GREEDY
+    )
+    assert out[0, 50:].tolist() == want
+    assert model.config._attn_implementation == implementation
+
+
+def test_beam_search_reorders_the_rows(llama: PreTrainedModel) -> None:
+    ids, new = tokens(2, 30), {"max_new_tokens": 20, "num_beams": 3, **GREEDY}
+    plain = llama.generate(ids, past_key_values=DynamicCache(), **new)
+    assert torch.equal(llama.generate(ids, past_key_values=SinkCache(llama), **new), plain)
+    cache, swapped = (SinkCache(llama, window=8) for _ in range(2))
+    with torch.no_grad():
+        for t in range(25):
+            llama(ids[:, t : t + 1], past_key_values=cache)
+            llama(ids[:, t : t + 1].flip(0), past_key_values=swapped)
+        swapped.reorder_cache(torch.tensor([1, 0]))
+        a = llama(ids[:, 25:26], past_key_values=cache).logits
+        b = llama(ids[:, 25:26], past_key_values=swapped).logits
+    torch.testing.assert_close(a, b)
+
+
+def test_reset_starts_a_new_stream(llama: PreTrainedModel) -> None:
+    cache = SinkCache(llama, sinks=2, window=10)
+    with torch.no_grad():
+        llama(tokens(1, 40, seed=1), past_key_values=cache)
+        cache.reset()
+        again = llama(tokens(2, 30), past_key_values=cache).logits
+        fresh = llama(tokens(2, 30), past_key_values=SinkCache(llama, sinks=2, window=10)).logits
+    assert torch.equal(again, fresh)
+
+
+def test_the_cache_leaves_no_hook_behind() -> None:
+    llama = tiny("llama")
+    cache = SinkCache(llama)
+    assert len(llama._forward_pre_hooks) == 1
+    del cache
+    assert not llama._forward_pre_hooks and not llama._forward_hooks
+
+
+def test_an_interrupted_forward_is_not_continued_silently(llama: PreTrainedModel) -> None:
+    cache = SinkCache(llama, window=8)
+    layer = llama.model.layers[1]
+    handle = layer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("stop")))
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="stop"):
+            llama(tokens(1, 40), past_key_values=cache)
+        handle.remove()
+        assert llama.config._attn_implementation == "sdpa"
+        with pytest.raises(ValueError, match="did not finish"):
+            llama(tokens(1, 1), past_key_values=cache)
+        cache.reset()
+        llama(tokens(1, 40), past_key_values=cache)
+
+
+def left_padded(model: PreTrainedModel, cache: SinkCache) -> None:
+    ids = tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=3, **GREEDY)
+
+
+def prompt_lookup(model: PreTrainedModel, cache: SinkCache) -> None:
+    ids = tokens(1, 9).repeat(1, 4)
+    more = {"max_new_tokens": 30, "prompt_lookup_num_tokens": 3}
+    model.generate(ids, past_key_values=cache, **more, **GREEDY)
+
+
+def foreign_positions(model: PreTrainedModel, cache: SinkCache) -> None:
+    with torch.no_grad():
+        model(tokens(1, 5), position_ids=torch.arange(3, 8)[None], past_key_values=cache)
+
+
+def another_model(model: PreTrainedModel, cache: SinkCache) -> None:
+    with torch.no_grad():
+        tiny("llama", seed=1)(tokens(1, 5), past_key_values=cache)
+
+
+def another_batch(model: PreTrainedModel, cache: SinkCache) -> None:
+    with torch.no_grad():
+        model(tokens(1, 5), past_key_values=cache)
+        model(tokens(2, 5), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("misuse", "message"),
+    [
+        (left_padded, "padding"),
+        (prompt_lookup, "cannot take tokens back"),
+        (foreign_positions, "position_ids"),
+        (another_model, "the model this SinkCache was made for"),
+        (another_batch, "a batch of 2"),
+        (lambda model, cache: model(tokens(1, 5), past_key_values=cache), "no_grad"),
+    ],
+)
+def test_what_would_be_silently_wrong_is_an_error(
+    llama: PreTrainedModel, misuse: Callable[[PreTrainedModel, SinkCache], None], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        misuse(llama, SinkCache(llama, sinks=2, window=10))
+    assert llama.config._attn_implementation == "sdpa"
+
+
+# What cannot stream
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: tiny("gpt2"), "learned positions"),
+        (lambda: tiny("gptj"), "AttentionInterface"),
+        (lambda: tiny("mistral", sliding_window=30), "sliding_window.*sinks . window <= 29"),
+        (lambda: tiny("gemma3", sliding_window=30), "layer 0 sees only the last 30"),
+        (
+            lambda: tiny("llama", rope_parameters=_rope("dynamic", factor=2.0)),
+            "'dynamic' changes its frequencies",
+        ),
+        (
+            lambda: tiny(
+                "phi3",
+                original_max_position_embeddings=64,
+                rope_parameters=_rope(
+                    "longrope",
+                    short_factor=[1.0] * 4,
+                    long_factor=[2.0] * 4,
+                    original_max_position_embeddings=64,
+                ),
+            ),
+            "'longrope' changes its frequencies",
+        ),
+    ],
+)
+def test_unstreamable_models_are_refused(
+    build: Callable[[], PreTrainedModel], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        token_losses(build(), tokens(1, 40), sinks=4, window=40)
+
+
+def _rope(kind: str, **more: object) -> dict[str, object]:
+    return {"rope_type": kind, "rope_theta": 1e4, **more}
+
+
+def test_dense_ends_where_positions_end() -> None:
+    model = tiny("gpt2")
+    assert gap(token_losses(model, tokens(1, 128)), stock_losses(model, tokens(1, 128))) < 2e-5
+    rope = _rope("dynamic", factor=2.0)
+    for refused in (model, tiny("llama", max_position_embeddings=128, rope_parameters=rope)):
+        with pytest.raises(ValueError, match="at 128"):
+            token_losses(refused, tokens(1, 130))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: token_losses(m, tokens(1, 9), window=0), "window=0"),
+        (lambda m: token_losses(m, tokens(1, 9), window=-3), "window=-3"),
+        (lambda m: token_losses(m, tokens(1, 9), sinks=-1, window=4), "sinks=-1"),
+        (lambda m: token_losses(m, tokens(1, 9), block=0), "block=0"),
+        (lambda m: token_losses(m, tokens(1, 0)), "at least two tokens"),
+        (lambda m: token_losses(m, tokens(0, 5)), "at least two tokens"),
+        (lambda m: token_losses(m, tokens(1, 1)), "at least two tokens"),
+        (lambda m: token_losses(m, tokens(1, 9)[0]), r"expected \(B, T\)"),
+        (lambda m: token_losses(m, tokens(1, 9).float()), "integer"),
+        (lambda m: token_losses(m, tokens(1, 9) + V), "vocabulary is 0 .. 95"),
+        (lambda m: token_losses(m, -tokens(1, 9)), "vocabulary is 0 .. 95"),
+        (lambda m: recomputed_losses(m, tokens(1, 9), length=0), "length=0"),
+        (lambda m: recomputed_losses(m, tokens(1, 9), length=4, positions=[8]), r"0 \.\. 7"),
+        (lambda m: recomputed_losses(m, tokens(1, 9), length=4, positions=[]), r"0 \.\. 7"),
+        (lambda m: recomputed_losses(m, tokens(1, 9), length=4, batch=0), "batch=0"),
+        (lambda m: SinkCache(m, sinks=-1), "sinks=-1"),
+        (lambda m: SinkCache(m, window=0), "window=0"),
+        (lambda m: next(stream_chat(m, words(), ["a"], max_new_tokens=0)), "max_new_tokens=0"),
+        (lambda m: eval_stream(words(), lines=0), "lines=0"),
+        (lambda m: eval_stream(words(), lines=9, back=[]), r"back=\[\]"),
+        (lambda m: eval_hits(m, eval_stream(words(), lines=9)), "no question"),
+    ],
+)
+def test_bad_input_is_one_clear_error(
+    llama: PreTrainedModel, call: Callable[[PreTrainedModel], object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(llama)
+
+
+# stream_chat and StreamEval
+
+
+def words() -> PreTrainedTokenizerBase:
+    """A character-level tokenizer of 96 ids with a chat template."""
+    marks = ["<s>", "<end>", "<user>", "<bot>", "<sys>"]
+    rest = [chr(c) for c in range(32, 127) if chr(c) not in "`~|^"]
+    vocabulary = {w: i for i, w in enumerate([*marks, "\n", *rest][:V])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.decoder = decoders.Fuse()
+    inner.add_special_tokens(marks)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="<end>")
+    tokenizer.chat_template = (
+        "<s>{% for m in messages %}"
+        "{{ {'user': '<user>', 'assistant': '<bot>', 'system': '<sys>'}[m.role] }}"
+        "{{ m.content + '<end>' }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("stop_after", [None, 3])
+def test_a_chat_is_one_stream_in_the_template_s_format(
+    llama: PreTrainedModel, stop_after: int | None
+) -> None:
+    """Replies equal the oracle's over the whole rendered dialogue, cut short or ended properly."""
+    tokenizer, said = words(), []
+    asked = ["hello", "more?", "and now a longer question", "so"]
+
+    def choose(logits: Tensor) -> int:
+        logits = logits.clone()
+        logits[:5] = -torch.inf  # marks stay out of the text
+        said.append(int(logits.argmax()))
+        ends = stop_after is not None and len(said) % (stop_after + 1) == 0
+        return tokenizer.eos_token_id if ends else said[-1]
+
+    chat = stream_chat(
+        llama, tokenizer, asked, system="be", sinks=4, window=20, max_new_tokens=6, choose=choose
+    )
+    rows, replies = [{"role": "system", "content": "be"}], []
+    for question, reply in zip(asked, chat, strict=True):
+        rows.append({"role": "user", "content": question})
+        text = tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True)
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+        oracle = Oracle(llama, 4, 20)
+        for t in range(ids.shape[1]):
+            logits = oracle.step(ids[:, t])
+        logits[:, :5] = -torch.inf
+        assert int(logits.argmax()) == reply.ids[0]
+        assert len(reply.ids) == (stop_after or 6)
+        assert reply.seen == ids.shape[1] + len(reply.ids) - (stop_after is None)
+        assert reply.kept == min(reply.seen, 25)
+        rows.append({"role": "assistant", "content": reply.text})
+        replies.append(reply.text)
+    assert len(set(replies)) > 1 and reply.seen > 60
+
+
+def test_messages_are_read_lazily(llama: PreTrainedModel) -> None:
+    def endless() -> Iterator[str]:
+        while True:
+            yield "hi"
+
+    chat = stream_chat(llama, words(), endless(), window=20, max_new_tokens=2)
+    assert [next(chat).kept for _ in range(5)][-1] == 25
+
+
+def test_eval_stream_asks_for_lines_that_are_there() -> None:
+    make = {"lines": 60, "every": 5, "back": [2, 9, 30], "seed": 3}
+    stream = eval_stream(words(), **make)
+    pieces = words().convert_ids_to_tokens(stream.ids[0])  # one character each
+    assert "".join(pieces).startswith("<s>line 0: ")
+    assert "".join(pieces).count("line ") == 60
+    numbers = []
+    for query in stream.queries:
+        answer = "".join(pieces[query.start : query.stop])
+        asked = "".join(pieces[: query.start]).rsplit("register ", 1)[1]  # "12: <"
+        read = "".join(pieces[: query.read])
+        assert read.endswith(f"register {asked.split(':')[0]} is <{answer}>.\n")
+        assert "".join(pieces[: query.start]).count("line ") == int(asked[:-3]) + query.back + 1
+        assert query.distance == query.start - query.read > 0
+        numbers.append(asked)
+    assert len(set(numbers)) == len(numbers) == 12
+    assert {q.back for q in stream.queries} == {2, 9, 30}
+    assert torch.equal(eval_stream(words(), **make).ids, stream.ids)
+
+
+def test_hits_need_every_token_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    hits = torch.ones(1, 19, dtype=torch.bool)
+    hits[0, 9] = False  # token 10 is not what the model would say
+    monkeypatch.setattr("steerkit.streameval.token_hits", lambda *_, **__: hits)
+    queries = [Query(8, 10, 5, 1), Query(9, 11, 5, 2), Query(11, 13, 5, 2), Query(10, 12, 1, 2)]
+    stream = EvalStream(torch.zeros(1, 20, dtype=torch.long), queries)
+    found = eval_hits(None, stream, sinks=4, window=8)
+    assert found.tolist() == [True, False, True, False]
+    one, two = accuracy_by_distance(stream, found)
+    assert one == (1, 3.0, 1.0, 1)
+    assert two == (2, pytest.approx((4 + 6 + 9) / 3), pytest.approx(1 / 3), 3)
+
+
+def test_eval_speaks_the_caller_s_language() -> None:
+    def fact(number: int, rng: random.Random) -> Fact:
+        return Fact(
+            f"<user>P{number} has a {rng.choice('xyz')}.<end>", f"P{number}? ", "x", "<end>"
+        )
+
+    stream = eval_stream(words(), lines=4, every=2, back=1, fact=fact, start="")
+    text = "".join(words().convert_ids_to_tokens(stream.ids[0]))
+    assert text.startswith("<user>P0 has a ") and text.endswith("P2? x<end>")
+
+
+def test_the_door_stays_out_of_a_stream_s_way(llama: PreTrainedModel) -> None:
+    """A recorder next to a stream: edits refuse to nest, and the stream then still works."""
+    ids = tokens(1, 60)
+    want = token_losses(llama, ids, sinks=2, window=10)
+    with install(llama):
+        assert torch.equal(token_losses(llama, ids, sinks=2, window=10), want)
+    assert attention_weights(llama, ids[:, :9]).shape == (2, 4, 9, 9)
