@@ -1,0 +1,221 @@
+"""What an embedded model must be able to do before any experiment, on what it never saw."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from steerkit.chat import Message, play, reply
+from steerkit.constraints import FAMILIES, HELD_OUT_PAIRS, Constraint, values
+from steerkit.results import bootstrap
+from steerkit.streaming import recomputed_losses, token_losses
+from steerkit.world import (
+    ATTRIBUTES,
+    Question,
+    answer,
+    ask,
+    biography_question,
+    documents,
+    draw_constraints,
+    english,
+    fact_question,
+    instruct,
+    known_people,
+    repeat_question,
+)
+
+Model = PreTrainedModel
+Tokenizer = PreTrainedTokenizerBase
+
+
+def facts(model: Model, tokenizer: Tokenizer) -> Tensor:
+    """Every memorised fact asked once: (200,) of 0/1, the reply word for word."""
+    rng = random.Random("facts")
+    questions = [
+        Question(ask(rng, p.name, a), p.name, a, p.facts[a])
+        for p in known_people()
+        for a in ATTRIBUTES
+    ]
+    return _right(model, tokenizer, questions)
+
+
+def reading(model: Model, tokenizer: Tokenizer, *, n: int = 256) -> Tensor:
+    """Values read from biographies of people who are not in the training data: (n,) of 0/1."""
+    rng = random.Random("reading")
+    return _right(model, tokenizer, [biography_question(rng, held_out=True) for _ in range(n)])
+
+
+def _right(model: Model, tokenizer: Tokenizer, questions: Sequence[Question]) -> Tensor:
+    replies = reply(model, tokenizer, [[Message("user", q.text)] for q in questions])
+    expected = [answer(q.subject, q.attribute, q.value) for q in questions]
+    return torch.tensor([float(a == b) for a, b in zip(replies, expected, strict=True)])
+
+
+def obeying(
+    model: Model, tokenizer: Tokenizer, family: str | None, *, n: int = 128
+) -> tuple[Tensor, Tensor]:
+    """Instruction and question in one message: (n,) obeyed, (n,) obeyed and the value right.
+
+    `family` names one family; None draws pairs of families that training never combined.
+    """
+    rng = random.Random(f"obeying {family}")
+    given = [
+        draw_constraints(rng, held_out=True)
+        if family is None
+        else (Constraint(family, rng.choice(values(family))),)
+        for _ in range(n)
+    ]
+    questions = [question_for(rng, constraints) for constraints in given]
+    asked = [
+        [Message("user", f"{instruct(rng, c)} {q.text}")]
+        for c, q in zip(given, questions, strict=True)
+    ]
+    replies = reply(model, tokenizer, asked)
+    rows = zip(replies, given, questions, strict=True)
+    results = [
+        (all(c.obeyed(r) for c in cs), q.value.casefold() in r.casefold()) for r, cs, q in rows
+    ]
+    obeyed, valid = torch.tensor(results, dtype=torch.float32).unbind(1)
+    return obeyed, obeyed * valid
+
+
+def question_for(rng: random.Random, constraints: Sequence[Constraint]) -> Question:
+    """A question on which the constraints can show: pronouns need a sentence to be repeated."""
+    pronoun = any(c.family == "pronoun" for c in constraints)
+    return repeat_question(rng) if pronoun else fact_question(rng)
+
+
+def adherence_by_turn(
+    model: Model,
+    tokenizer: Tokenizer,
+    *,
+    every: bool,
+    turns: int = 20,
+    n: int = 64,
+    families: Sequence[str] = FAMILIES,
+) -> Tensor:
+    """Dialogues with the model's own replies: (n, turns) of 0/1, does each reply obey?
+
+    The instruction stands in each user message (`every`) or in the first one only. Reply t answers
+    the t-th user message, counted from 1.
+    """
+    rng = random.Random(f"adherence {every}")
+    given = [
+        Constraint(f, rng.choice(values(f)))
+        for f in families
+        for _ in range(-(-n // len(families)))
+    ]
+    rng.shuffle(given)
+    users = [
+        [
+            f"{instruct(rng, [c])} {question_for(rng, [c]).text}"
+            if every or turn == 0
+            else question_for(rng, [c]).text
+            for turn in range(turns)
+        ]
+        for c in given[:n]
+    ]
+    replies = play(model, tokenizer, users)
+    return torch.tensor(
+        [[float(c.obeyed(r)) for r in row] for c, row in zip(given, replies, strict=False)]
+    )
+
+
+def bigram_perplexity(tokenizer: Tokenizer, *, tokens: int = 20_000) -> float:
+    """Held-out English under a bigram model of the training English, interpolated with unigrams.
+
+    Add-one unigrams; the weight of the bigram is n / (n + 5), n the count of the first token.
+    """
+    train = torch.tensor(tokenizer("\n\n".join(english()))["input_ids"])
+    test = torch.tensor(english_stream(tokenizer, tokens))
+    size = len(tokenizer)
+    counts = torch.zeros(size, size)
+    counts.index_put_((train[:-1], train[1:]), torch.ones(len(train) - 1), accumulate=True)
+    unigram = (counts.sum(0) + 1) / (counts.sum() + size)
+    seen = counts.sum(1, keepdim=True)
+    probability = (counts + 5 * unigram) / (seen + 5)
+    return torch.exp(-probability[test[:-1], test[1:]].log().mean()).item()
+
+
+def english_stream(tokenizer: Tokenizer, tokens: int) -> list[int]:
+    """The first token, then held-out English without a break, `tokens` ids in all."""
+    ids = tokenizer("\n\n".join(english(held_out=True)), add_special_tokens=False)["input_ids"]
+    if len(ids) < tokens - 1:
+        raise ValueError(f"tokens={tokens}: the held-out English has {len(ids)}; ask for fewer")
+    return [tokenizer.bos_token_id, *ids[: tokens - 1]]
+
+
+def stream_losses(
+    model: Model, ids: Tensor, *, window: int = 252, length: int = 256, points: int = 256
+) -> dict[str, float]:
+    """Mean loss (nats) on a stream, ids (1, T), beyond its first `length` tokens.
+
+    All settings keep the same number of tokens; re-computation is sampled at `points` positions and
+    given beside streaming's loss at the same positions.
+    """
+    sinks = length - window
+    losses = {
+        "dense": token_losses(model, ids),
+        "window": token_losses(model, ids, sinks=0, window=length),
+        "streaming": token_losses(model, ids, sinks=sinks, window=window),
+    }
+    found = {name: row[0, length:].mean().item() for name, row in losses.items()}
+    at = torch.linspace(length, ids.shape[1] - 2, points).long()
+    again = recomputed_losses(model, ids, length=length, positions=at)
+    found["recomputed"] = again.mean().item()
+    found["streaming_there"] = losses["streaming"][0, at].mean().item()
+    return found
+
+
+def pair_names() -> list[str]:
+    """The held-out pairs of families, for the card."""
+    return sorted(" + ".join(sorted(pair)) for pair in HELD_OUT_PAIRS)
+
+
+def dialogue_stream(
+    tokenizer: Tokenizer, tokens: int, *, seed: str = "held-out dialogue"
+) -> list[int]:
+    """The first token, then tiny-world documents without English and without end, `tokens` ids."""
+    rng, ids = random.Random(seed), [tokenizer.bos_token_id]
+    for text in documents(rng, share=0.0):
+        ids += tokenizer(text + "<|eos|>", add_special_tokens=False)["input_ids"]
+        if len(ids) >= tokens:
+            return ids[:tokens]
+    raise AssertionError("documents() is endless")
+
+
+def measure(model: Model, tokenizer: Tokenizer, *, tokens: int = 20_000) -> dict[str, Any]:
+    """All gates of one model: name -> mean with 95 % interval and n, or plain numbers."""
+    found: dict[str, Any] = {
+        "facts": _summary(facts(model, tokenizer)),
+        "reading": _summary(reading(model, tokenizer)),
+    }
+    for family in FAMILIES:
+        found[f"obeys {family}"] = _summary(obeying(model, tokenizer, family)[0])
+    found["obeys held-out pairs"] = _summary(obeying(model, tokenizer, None)[0])
+    for key, every in (("repeated", True), ("first turn only", False)):
+        rows = adherence_by_turn(model, tokenizer, every=every)
+        found[f"{key}, by turn"] = [round(x, 4) for x in rows.mean(0).tolist()]
+        found[f"{key}, all turns"] = _summary(rows.mean(1))
+    return found | measure_streams(model, tokenizer, tokens=tokens)
+
+
+def measure_streams(model: Model, tokenizer: Tokenizer, *, tokens: int = 20_000) -> dict[str, Any]:
+    """Held-out losses on two endless streams, and English perplexity beside a bigram model's."""
+    english_ids = torch.tensor([english_stream(tokenizer, tokens)])
+    chunks = english_ids[0, 1:].unfold(0, 255, 255)  # fresh contexts of the training length
+    fresh = torch.cat([english_ids[:, :1].expand(len(chunks), 1), chunks], 1)
+    return {
+        "English perplexity": token_losses(model, fresh).mean().exp().item(),
+        "bigram perplexity": bigram_perplexity(tokenizer, tokens=tokens),
+        "English stream": stream_losses(model, english_ids),
+        "dialogue stream": stream_losses(model, torch.tensor([dialogue_stream(tokenizer, tokens)])),
+    }
+
+
+def _summary(values: Tensor) -> dict[str, float]:
+    mean, low, high = bootstrap(values)
+    return {"mean": round(mean, 4), "low": round(low, 4), "high": round(high, 4), "n": len(values)}

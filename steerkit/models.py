@@ -1,0 +1,114 @@
+"""Load a model: the embedded ones, a hub id, or a local directory; one path for all."""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+
+
+def load(
+    name: str | os.PathLike = "tiny", *, device: str = "auto", dtype: str | torch.dtype = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model in eval mode, and its tokenizer.
+
+    `name` is an embedded model ("tiny", "tiny-stream"), a local directory, or a hub id. `device`
+    "auto" is CUDA when present; `dtype` "auto" is the checkpoint's own on CUDA, float32 on a CPU.
+    Raises ValueError in one line for what cannot be loaded; never runs code from a checkpoint, and
+    reads safetensors only.
+    """
+    place, source = resolve_device(device), _source(name)
+    if dtype == "auto" and place.type == "cpu":
+        dtype = torch.float32
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = _dtype(dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(_explain(name, source, error)) from error
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(
+            f"{name}: {type(model).__name__} does not support transformers' AttentionInterface; "
+            "take a Llama, Mistral, Qwen, Gemma, Phi or GPT-NeoX checkpoint"
+        )
+    return model.to(place).eval(), tokenizer
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" or a torch device string; ValueError when the device is absent."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(
+            f'device="{device}": expected "auto", "cpu", "cuda" or "cuda:N"'
+        ) from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f'device="{device}": {torch.cuda.device_count()} CUDA devices here; use "auto" or "cpu"'
+        )
+    return place
+
+
+def embedded() -> list[str]:
+    """Names of the models that ship in data/."""
+    return sorted(p.parent.name for p in DATA.glob("*/config.json"))
+
+
+def _source(name: str | os.PathLike) -> str:
+    """A directory to read, or a hub id; empty and missing directories end here."""
+    if str(name) in embedded():
+        return str(DATA / str(name))
+    path = Path(name)
+    if path.is_dir():
+        _check_directory(path)
+    elif path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
+        raise ValueError(f"{name}: no such directory; give a checkpoint's directory or a hub id")
+    elif "/" not in str(name) and str(name).startswith("tiny"):
+        raise ValueError(f"{name}: no such embedded model; there are {', '.join(embedded())}")
+    return str(name)
+
+
+def _check_directory(path: Path) -> None:
+    if not (path / "config.json").exists():
+        raise ValueError(f"{path}: no config.json in it; is this a checkpoint's directory?")
+    if not any(path.glob("*.safetensors")):
+        pickles = sorted(
+            p.name for p in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
+        )
+        held = f"only pickles ({pickles[0]}), which can run code" if pickles else "no weights"
+        raise ValueError(
+            f"{path}: {held}; steerkit reads model.safetensors: convert the checkpoint"
+        )
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f'dtype="{name}": expected "auto", "float32", "bfloat16" or "float16"')
+    return dtype
+
+
+def _explain(name: str | os.PathLike, source: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(source).is_dir():
+        try:
+            AutoConfig.from_pretrained(source)
+        except (OSError, ValueError, KeyError):
+            return f"{name}: its config.json cannot be read ({first})"
+        return f"{name}: the checkpoint cannot be loaded ({first})"
+    known = ", ".join(embedded())
+    return (
+        f"{name}: not an embedded model ({known}), not a directory, and the hub gave nothing "
+        f"({first}); check the spelling, or the network"
+    )
