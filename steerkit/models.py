@@ -1,6 +1,8 @@
 """Load a model: the embedded ones, a hub id, or a local directory; one path for all."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -11,6 +13,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 
@@ -26,13 +29,15 @@ def load(
     reads safetensors only.
     """
     place, source = resolve_device(device), _source(name)
+    quiet = sum(f.stat().st_size for f in Path(source).glob("*.safetensors")) in range(1, 10**8)
     if dtype == "auto" and place.type == "cpu":
         dtype = torch.float32
     if isinstance(dtype, str) and dtype != "auto":
         dtype = _dtype(dtype)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        with _no_bar() if quiet else nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(_explain(name, source, error)) from error
     if not getattr(model, "_supports_attention_backend", False):
@@ -41,6 +46,18 @@ def load(
             "take a Llama, Mistral, Qwen, Gemma, Phi or GPT-NeoX checkpoint"
         )
     return model.to(place).eval(), tokenizer
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """No progress bar for a checkpoint that loads in a moment."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def resolve_device(device: str) -> torch.device:

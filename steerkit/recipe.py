@@ -109,6 +109,8 @@ class Recipe:
     steps: int
     long_from: int  # from this step on every second batch is 1,024 tokens long
     share: float  # of English documents
+    chatter: float = 0.0  # of market chatter
+    remember: float = 0.0  # of notes with later questions, from step `long_from` on
     batch_tokens: int = 4096
     lr: float = 2e-3
     weight_decay: float = 0.1
@@ -127,23 +129,30 @@ class Recipe:
             rng = random.Random(f"{self.seed}-{step}")
             long = step > self.long_from and step % 2 == 0
             length = 1024 if long else 256
-            rows = [
-                self._row(tokenizer, rng, length, long) for _ in range(self.batch_tokens // length)
-            ]
-            return torch.tensor(rows)
+            texts = documents(
+                rng,
+                long=long,
+                share=self.share,
+                chatter=self.chatter,
+                remember=self.remember if step > self.long_from else 0.0,
+            )
+            number = self.batch_tokens // length
+            return torch.tensor([crop(tokenizer, rng, length, texts) for _ in range(number)])
 
         return make
 
-    def _row(
-        self, tokenizer: PreTrainedTokenizerFast, rng: random.Random, length: int, long: bool
-    ) -> list[int]:
-        ids: list[int] = []
-        start = 0 if rng.random() < 0.5 else rng.randrange(length)
-        for text in documents(rng, long=long, share=self.share):
-            ids += tokenizer.encode(text + "<|eos|>", add_special_tokens=False)
-            if len(ids) >= start + length:
-                return [tokenizer.bos_token_id, *ids[start : start + length - 1]]
-        raise AssertionError("documents() is endless")
+
+def crop(
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, length: int, texts: Iterator[str]
+) -> list[int]:
+    """The first token, then `length` - 1 tokens of the next texts; half start inside the first."""
+    ids: list[int] = []
+    start = 0 if rng.random() < 0.5 else rng.randrange(length)
+    for text in texts:
+        ids += tokenizer.encode(text + "<|eos|>", add_special_tokens=False)
+        if len(ids) >= start + length:
+            break
+    return [tokenizer.bos_token_id, *ids[start : start + length - 1]]
 
 
 def train(name: str, out: Path, *, tokens: int | None = None, device: str = "auto") -> None:
@@ -180,5 +189,5 @@ def train(name: str, out: Path, *, tokens: int | None = None, device: str = "aut
 
 
 RECIPES = {
-    "tiny": Recipe(tiny_config(), steps=5000, long_from=3000, share=0.2),
+    "tiny": Recipe(tiny_config(), steps=4500, long_from=2500, share=0.2, remember=0.25, decay=0.3),
 }

@@ -235,14 +235,33 @@ def conflict(rng: random.Random) -> list[Message]:
     return [Message("user", text), Message("assistant", reply)]
 
 
+def note(name: str, attribute: str, value: str) -> list[Message]:
+    """An exchange that only states a fact."""
+    return [Message("user", f"Note: {say(name, attribute, value)}"), Message("assistant", "Noted.")]
+
+
+def memory(rng: random.Random, *, turns: int) -> list[Message]:
+    """Notes about strangers, and questions about notes any number of exchanges back."""
+    messages: list[Message] = []
+    noted: list[tuple[str, str, str]] = []
+    for _ in range(turns):
+        if noted and rng.random() < 0.4:
+            name, attribute, value = rng.choice(noted)
+            messages.append(Message("user", ask(rng, name, attribute)))
+            messages.append(Message("assistant", answer(name, attribute, value)))
+        else:
+            who, attribute = stranger(rng), rng.choice(ATTRIBUTES)
+            noted.append((who.name, attribute, who.facts[attribute]))
+            messages += note(*noted[-1])
+    return messages
+
+
 @cache
 def _chain() -> tuple[tuple[str, ...], dict[str, tuple[float, ...]]]:
     """The words of the market and, for each, the cumulative chances of the word after it."""
     rng = random.Random("market")
-    words = sorted({w for a in TABLES["attributes"].values() for w in a["values"]})
-    words += sorted({*TABLES["first"]["she"], *TABLES["first"]["he"], *TABLES["last"]})
-    words += sorted({*TABLES["known_first"], *TABLES["known_last"], *TABLES["hobbies"]})
-    words += TABLES["echoes"]
+    goods = [w for a in TABLES["attributes"].values() for w in a["values"]]
+    words = [*sorted({*goods, *TABLES["hobbies"]}), *TABLES["echoes"]]
     rows = [[rng.gammavariate(0.03, 1) for _ in words] for _ in words]  # Dirichlet(0.03), unscaled
     return tuple(words), {w: tuple(accumulate(row)) for w, row in zip(words, rows, strict=True)}
 
@@ -289,9 +308,14 @@ def _library() -> list[Path]:
 
 
 def documents(
-    rng: random.Random, *, long: bool = False, share: float = 0.2, chatter: float = 0.0
+    rng: random.Random,
+    *,
+    long: bool = False,
+    share: float = 0.2,
+    chatter: float = 0.0,
+    remember: float = 0.0,
 ) -> Iterator[str]:
-    """Endless documents: a `share` of English, `chatter` of the market, the rest dialogues.
+    """Endless documents: shares of English, market chatter and notes to remember; else dialogues.
 
     `long` draws dialogues of up to twenty exchanges.
     """
@@ -303,6 +327,8 @@ def documents(
             yield render(conflict(rng))
         elif kind < share + 0.04 + chatter:
             yield market(rng)
+        elif kind < share + 0.04 + chatter + remember:
+            yield render(memory(rng, turns=rng.randint(10, 40) if long else rng.randint(3, 12)))
         else:
             yield render(dialogue(rng, turns=rng.randint(8, 20) if long else rng.randint(1, 6)))
 
@@ -324,14 +350,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     card = commands.add_parser(
         "card", help="measure the gates and write the model card into --model"
     )
-    card.add_argument("--model", type=Path, required=True)
+    card.add_argument("--model", type=Path, required=True, help="its directory")
+    card.add_argument("--name", choices=sorted(recipe.RECIPES), default="tiny")
     options = parser.parse_args(argv)
     if options.command == "train":
         recipe.train(options.model, options.out, tokens=options.tokens, device=options.device)
     elif options.command == "card":
-        from steerkit.gates import write_card
+        from steerkit.card import write_card
 
-        write_card(options.model)
+        write_card(options.model, name=options.name)
     else:
         for text in islice(documents(random.Random(options.seed)), options.number):
             sys.stdout.write(text.replace("<|end|>", "\n") + "\n")

@@ -26,6 +26,9 @@ runpy.run_path(str(HERE / "no_network" / "sitecustomize.py"))
 import nbformat  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
+
+from steerkit.models import load  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -58,3 +61,9 @@ def root(tmp_path: Path) -> Path:
 def make_notebook(root: Path) -> NotebookMaker:
     """make_notebook("01_name", ["code", ...], parameters=...) -> path in the empty kit."""
     return partial(write_notebook, root)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The embedded chat model and its tokenizer, loaded once; tests leave it as they found it."""
+    return load("tiny", device="cpu")

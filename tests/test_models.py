@@ -1,0 +1,151 @@
+"""Loading: one path for embedded, local and hub models, and one clear sentence for the rest."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import steerkit
+from steerkit.models import DATA, resolve_device
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny):
+    """A local directory with random weights and the embedded tokenizer."""
+    out = tmp_path_factory.mktemp("checkpoint")
+    config = LlamaConfig(vocab_size=4096, hidden_size=16, intermediate_size=16,
+                         num_hidden_layers=1, num_attention_heads=2)  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(out)
+    tiny[1].save_pretrained(out)
+    return out
+
+
+def test_the_embedded_model_is_a_grouped_query_llama_in_eval_mode(tiny):
+    model, tokenizer = tiny
+    assert isinstance(model, LlamaForCausalLM) and not model.training
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    assert model.dtype == torch.float32 and len(tokenizer) == model.config.vocab_size
+
+
+def test_all_embedded_checkpoints_together_stay_below_20_megabytes():
+    files = [*DATA.rglob("*.safetensors")]
+    assert files and sum(f.stat().st_size for f in files) <= 20e6
+
+
+def test_no_pickle_ships():
+    assert not [p for p in DATA.rglob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "Plain.", "naïve 漢字 🙂🙃 ελληνικά", "\x00\x7f\t\r\n  a", "<|x|> {v}"]
+)
+def test_any_text_encodes_without_unknowns_and_decodes_back_exactly(tiny, text):
+    tokenizer = tiny[1]
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_every_byte_has_a_token(tiny):
+    tokenizer = tiny[1]
+    text = "".join(map(chr, range(0x250))) + "\U0010ffff"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
+
+
+def test_the_template_marks_exactly_the_assistants_tokens(tiny):
+    tokenizer = tiny[1]
+    rows = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Rome it is."}]
+    out = tokenizer.apply_chat_template(rows, return_assistant_tokens_mask=True, return_dict=True)
+    marked = [i for i, m in zip(out["input_ids"], out["assistant_masks"], strict=True) if m]
+    assert tokenizer.decode(marked) == "Rome it is.<|end|>"
+
+
+def test_the_template_refuses_an_unknown_role(tiny):
+    with pytest.raises(Exception, match="expected system, user or assistant"):
+        tiny[1].apply_chat_template([{"role": "wizard", "content": "Hi."}])
+
+
+def test_a_local_directory_loads_in_float32_on_a_cpu(checkpoint):
+    model, tokenizer = steerkit.load(checkpoint, device="cpu")
+    assert model.dtype == torch.float32 and not model.training and len(tokenizer) == 4096
+
+
+def test_dtype_by_name(checkpoint):
+    assert steerkit.load(checkpoint, device="cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
+
+
+def _without(checkpoint, tmp_path, *, pickle: bool):
+    for file in checkpoint.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    if pickle:
+        (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
+    return tmp_path
+
+
+def test_a_checkpoint_with_pickles_only_is_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"only pickles \(pytorch_model.bin\)"):
+        steerkit.load(_without(checkpoint, tmp_path, pickle=True))
+
+
+def test_a_checkpoint_without_weights_is_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="no weights"):
+        steerkit.load(_without(checkpoint, tmp_path, pickle=False))
+
+
+def test_an_empty_directory_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        steerkit.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/nowhere/at/all", "no such directory"),
+        ("./nowhere", "no such directory"),
+        ("tinny", "not an embedded model"),
+        ("tiny-sream", "no such embedded model"),
+        ("somebody/unknown-model", "check the spelling, or the network"),
+    ],
+)
+def test_a_name_that_leads_nowhere_gets_one_line(name, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        steerkit.load(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_architecture_without_the_interface_is_refused(tmp_path, tiny):
+    from transformers import XLNetConfig, XLNetLMHeadModel
+
+    XLNetLMHeadModel(
+        XLNetConfig(vocab_size=64, d_model=16, n_layer=1, n_head=2, d_inner=16)
+    ).save_pretrained(tmp_path)
+    tiny[1].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not support transformers' AttentionInterface"):
+        steerkit.load(tmp_path)
+
+
+def test_a_checkpoint_that_wants_to_run_code_is_refused(checkpoint, tmp_path):
+    _without(checkpoint, tmp_path, pickle=False)
+    (tmp_path / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ValueError, match="cannot be"):
+        steerkit.load(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "cpu:x"])
+def test_an_absent_device_is_named(device):
+    with pytest.raises(ValueError, match="device="):
+        resolve_device(device)
+
+
+@pytest.mark.parametrize("dtype", ["float31", "int8", "Tensor"])
+def test_an_unknown_dtype_is_named(checkpoint, dtype):
+    with pytest.raises(ValueError, match=f'dtype="{dtype}"'):
+        steerkit.load(checkpoint, dtype=dtype)
