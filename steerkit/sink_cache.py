@@ -9,6 +9,7 @@ R window, n new tokens of one forward.
 """
 
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -137,9 +138,6 @@ class SinkLayer(CacheLayerMixin):
         S, seen = stream.sinks, stream.seen
         start = seen if seen < stream.capacity else S + stream.slot
         self.keys[:, :, start : start + n], self.values[:, :, start : start + n] = key, value
-        if seen >= stream.capacity - 1 and S and self.rotation:
-            table = stream.table(self.rotation, range(1), 1)
-            self.keys[:, :, :S] = self.rotation.turn(self.sink_keys, table)
         held = min(seen + n, stream.capacity)
         return self.keys[:, :, :held], self.values[:, :, :held]
 
@@ -151,7 +149,7 @@ class SinkLayer(CacheLayerMixin):
         keys, values = self._in_order(self.keys, key), self._in_order(self.values, value)
         self.keys[:, :, S:], self.values[:, :, S:] = keys[:, :, -R - 1 :], values[:, :, -R - 1 :]
         self.values[:, :, :S] = values[:, :, :S]
-        keys[:, :, :S] = self.sink_keys
+        self.keys[:, :, :S] = keys[:, :, :S] = self.sink_keys
         return keys, values
 
     def _in_order(self, slots: Tensor, new: Tensor) -> Tensor:
@@ -317,6 +315,8 @@ class SinkCache(Cache):
         self._rebase()
         start = stream.seen - stream.shift
         positions = torch.arange(start, start + stream.n, device=inputs.device)[None]
+        if stream.n == 1 and stream.seen >= stream.capacity - 1 and stream.sinks:
+            self._turn_sinks()
         if not stream.fits:
             self._forward.enter_context(install(self._model))
             self._forward.enter_context(attached(self._edits))
@@ -333,6 +333,20 @@ class SinkCache(Cache):
             for layer in self.layers:
                 layer.rebase(ahead)
             stream.shift += ahead
+
+    def _turn_sinks(self) -> None:
+        """Before a single query: all sinks to their new distance, one operation for all layers."""
+        alike = defaultdict(list)
+        for layer in self.layers:
+            if layer.rotation:
+                sink_keys = layer.sink_keys
+                alike[id(layer.rotation), sink_keys.shape, sink_keys.device].append(layer)
+        for layers in alike.values():
+            rotation = layers[0].rotation
+            table = self.stream.table(rotation, range(1), 1)
+            turned = rotation.turn(torch.stack([layer.sink_keys for layer in layers]), table)
+            for layer, keys in zip(layers, turned, strict=True):
+                layer.keys[:, :, : self.stream.sinks] = keys
 
     def _end(self) -> None:
         """Leave the model as found. An unfinished forward leaves n standing, which `_begin`

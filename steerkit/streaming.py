@@ -4,7 +4,6 @@ end.
 Axes: B batch, T tokens of the stream, V vocabulary. Losses in nats.
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from transformers.cache_utils import Cache
 from steerkit.attention import install
 from steerkit.rotary import rope_kinds
 from steerkit.sink_cache import SinkCache
+from steerkit.timing import last_only
 
 _SHOW_AFTER = 2.0  # seconds before a progress bar appears
 _BATCH_TOKENS = 8192  # tokens per forward of re-computation
@@ -139,7 +139,7 @@ def _window_losses(
     B, P = ids.shape[0], len(ends)
     rows = torch.arange(B).repeat_interleave(P)
     lasts = ends.repeat(B)
-    keep = _last_only(model)
+    keep = last_only(model)
     losses = torch.empty(B * P)
     offsets = torch.arange(1 - length, 1)
     with tqdm(total=B * P, unit=" windows", delay=_SHOW_AFTER, leave=False) as bar:
@@ -151,12 +151,6 @@ def _window_losses(
             losses[start : start + batch] = next_token_loss(logits, target)[:, 0]
             bar.update(len(row))
     return losses.view(B, P)
-
-
-def _last_only(model: PreTrainedModel) -> dict[str, int]:
-    """Spares the vocabulary head all positions but the last, where the model offers it."""
-    known = "logits_to_keep" in inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if known else {}
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -264,7 +258,7 @@ def _reply(
     out: list[int] = []
     while len(out) < limit and not (out and out[-1] in stops):
         inputs = torch.tensor([out[-1:] or ids], device=model.device)
-        logits = model(input_ids=inputs, past_key_values=cache, use_cache=True, **_last_only(model))
+        logits = model(input_ids=inputs, past_key_values=cache, use_cache=True, **last_only(model))
         out.append(choose(logits.logits[0, -1]))
     return out
 

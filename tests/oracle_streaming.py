@@ -5,6 +5,8 @@ turns every key and the query to its slot with the model's own cos and sin, and 
 attention.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -25,12 +27,13 @@ class Oracle:
     def __init__(
         self, model: nn.Module, sinks: int, window: int | None, *, clamp: bool = True
     ) -> None:
-        self.model, self.S, self.R, self.clamp = model, sinks, window, clamp
+        self.model, self.S, self.R, self.clamp = copy.deepcopy(model), sinks, window, clamp
         self.rotary = next(m for m in model.modules() if hasattr(m, "inv_freq"))
         self.store: dict[nn.Module, list[Tensor]] = {}
         self.t = 0
-        AttentionInterface.register("oracle", self.attend)
-        AttentionMaskInterface.register("oracle", sdpa_mask)
+        AttentionInterface.register(name := f"oracle{id(self)}", self.attend)
+        AttentionMaskInterface.register(name, sdpa_mask)
+        self.model.set_attn_implementation(name)
 
     def attend(self, module, query, key, value, mask, scaling=None, **_):  # noqa: ANN001, ANN003, ANN201
         keys, values = self.store.get(module, [key[:, :, :0], value[:, :, :0]])
@@ -53,17 +56,10 @@ class Oracle:
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
         """One token for each row: (B,) -> logits (B,V)."""
-        before = self.model.config._attn_implementation
-        self.model.set_attn_implementation("oracle")
-        zero = torch.zeros(
-            1, 1, dtype=torch.long
-        )  # position 0 is no turn: raw keys and queries arrive
-        logits = self.model(input_ids=ids[:, None], position_ids=zero, use_cache=False).logits[
-            :, -1
-        ]
-        self.model.set_attn_implementation(before)
+        zero = torch.zeros(1, 1, dtype=torch.long)  # position 0 does not turn: raw keys arrive
+        out = self.model(input_ids=ids[:, None], position_ids=zero, use_cache=False)
         self.t += 1
-        return logits
+        return out.logits[:, -1]
 
     def losses(self, ids: Tensor) -> Tensor:
         """(B,T) -> (B,T-1) nats."""

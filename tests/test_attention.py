@@ -23,7 +23,18 @@ from steerkit.attention import (
     value_norms,
 )
 
-SERVED = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt_neox", "gpt2", "olmo2"]
+SERVED = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma3",
+    "phi3",
+    "gpt_neox",
+    "gpt2",
+    "olmo2",
+    "smollm3",
+]
 REFUSED = {"gemma2": "SDPA", "gpt_oss": "SDPA", "gptj": "AttentionInterface"}
 
 

@@ -33,7 +33,7 @@ from steerkit.streameval import (
 from steerkit.streaming import recomputed_losses, stream_chat, token_hits, token_losses
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
-ROTARY = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt_neox", "olmo2"]
+ROTARY = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt_neox", "olmo2", "smollm3"]
 
 
 @pytest.fixture(autouse=True)
@@ -193,10 +193,11 @@ def test_interleaved_pairs_turn_as_complex_numbers() -> None:
 def test_rotations_are_learnt_layer_by_layer(name: str) -> None:
     model = tiny(name)
     _, rotations = learn_rotations(model)
-    assert [r.interleaved for r in rotations] == [False, False]
-    assert rotations[0].frequencies.numel() == (1 if name == "gpt_neox" else 4)
-    local, full = (r.frequencies.tolist() for r in rotations)
-    assert (local != full) == (name == "gemma3")  # two bases in one model
+    first, second = rotations
+    assert not first.interleaved
+    assert first.frequencies.numel() == (1 if name == "gpt_neox" else 4)
+    assert (second is None) == (name == "smollm3")  # a layer without positions
+    assert (second is first) == (name not in ("gemma3", "smollm3"))  # two bases in one model
 
 
 # recomputed_losses

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -51,6 +52,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt_neox": lambda: GPTNeoXConfig(**_NEOX, rotary_pct=0.25),
     "gpt2": lambda: GPT2Config(**_GPT2),
     "olmo2": lambda: Olmo2Config(**SIZE),
+    "smollm3": lambda: SmolLM3Config(**SIZE, no_rope_layers=[1, 0]),
     "gpt_oss": lambda: GptOssConfig(**SIZE, num_local_experts=2, num_experts_per_tok=1),
     "gptj": lambda: GPTJConfig(**_GPT2, rotary_dim=4),
 }
