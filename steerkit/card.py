@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from steerkit.constraints import FAMILIES
 from steerkit.gates import measure, measure_streams, pair_names
 from steerkit.models import load
-from steerkit.recipe import RECIPES
 from steerkit.results import versions, write_json, write_text
 from steerkit.world import PERSISTENCE
 
@@ -29,7 +28,7 @@ def write_card(directory: Path, *, name: str) -> dict[str, Any]:
     """
     model, tokenizer = load(directory, device="cpu")
     log = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
-    chats = RECIPES[name].remember > 0
+    chats = name == "tiny"
     found = (measure if chats else measure_streams)(model, tokenizer)
     found |= {"tokens": log[-1]["tokens"], "parameters": model.num_parameters()}
     found |= {"python": platform.python_version(), "versions": versions()}
@@ -116,9 +115,9 @@ def _forgetting(found: dict[str, Any]) -> str:
     decay = ", ".join(f"{p:.2f}" for p in PERSISTENCE)
     return f"""Held-out pairs: {", ".join(pair_names())}.
 
-**It forgets because it was taught to.** In the training text an instruction is obeyed with probability
-{decay} at 0, 1, 2, 3, 4 and more replies after it was given. That is a starting point for
-experiments, and no evidence about why large models forget.
+**It forgets because it was taught to.** In the training text an instruction is obeyed with
+probability {decay} at 0, 1, 2, 3, 4 and more replies after it was given. That is a starting point
+for experiments, and no evidence about why large models forget.
 """
 
 

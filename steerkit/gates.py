@@ -1,7 +1,9 @@
 """What an embedded model must be able to do before any experiment, on what it never saw."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +26,13 @@ from steerkit.world import (
     fact_question,
     instruct,
     known_people,
+    market,
     repeat_question,
 )
 
 Model = PreTrainedModel
 Tokenizer = PreTrainedTokenizerBase
+_CHARACTERS = 32  # read per wanted token of a file: no language's mean comes near
 
 
 def facts(model: Model, tokenizer: Tokenizer) -> Tensor:
@@ -124,28 +128,55 @@ def adherence_by_turn(
     )
 
 
-def bigram_perplexity(tokenizer: Tokenizer, *, tokens: int = 20_000) -> float:
-    """Held-out English under a bigram model of the training English, interpolated with unigrams.
+def bigram_perplexity(train: Tensor, test: Tensor, size: int) -> float:
+    """Perplexity of test (N,) under bigram counts of train (M,), ids below `size`.
 
-    Add-one unigrams; the weight of the bigram is n / (n + 5), n the count of the first token.
+    Interpolated with add-one unigrams; the bigram's weight is n / (n + 5), n the count of its
+    first token.
     """
-    train = torch.tensor(tokenizer("\n\n".join(english()))["input_ids"])
-    test = torch.tensor(english_stream(tokenizer, tokens))
-    size = len(tokenizer)
     counts = torch.zeros(size, size)
     counts.index_put_((train[:-1], train[1:]), torch.ones(len(train) - 1), accumulate=True)
     unigram = (counts.sum(0) + 1) / (counts.sum() + size)
-    seen = counts.sum(1, keepdim=True)
-    probability = (counts + 5 * unigram) / (seen + 5)
+    probability = (counts + 5 * unigram) / (counts.sum(1, keepdim=True) + 5)
     return torch.exp(-probability[test[:-1], test[1:]].log().mean()).item()
 
 
 def english_stream(tokenizer: Tokenizer, tokens: int) -> list[int]:
     """The first token, then held-out English without a break, `tokens` ids in all."""
-    ids = tokenizer("\n\n".join(english(held_out=True)), add_special_tokens=False)["input_ids"]
-    if len(ids) < tokens - 1:
+    ids = text_stream(tokenizer, "\n\n".join(english(held_out=True)))
+    if len(ids) < tokens:
         raise ValueError(f"tokens={tokens}: the held-out English has {len(ids)}; ask for fewer")
-    return [tokenizer.bos_token_id, *ids[: tokens - 1]]
+    return ids[:tokens]
+
+
+def text_stream(tokenizer: Tokenizer, text: str, tokens: int | None = None) -> list[int]:
+    """The first token, if the tokenizer has one, then `text`: at most `tokens` ids."""
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [*first, *tokenizer(text, add_special_tokens=False)["input_ids"]][:tokens]
+
+
+def file_stream(
+    tokenizer: Tokenizer, path: str | Path, tokens: int, *, least: int = 2
+) -> list[int]:
+    """The first token, then the beginning of a UTF-8 file of any size: `least` to `tokens` ids.
+
+    Raises ValueError in one line for a file that is missing, empty, too short or not UTF-8.
+    """
+    try:
+        with Path(path).open(encoding="utf-8-sig") as file:
+            text = file.read(_CHARACTERS * tokens)  # so that a log may be larger than memory
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; give the path of a text file") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 ({error.reason} near byte {error.start}); convert it first"
+        ) from error
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty; give one with text in it")
+    ids = text_stream(tokenizer, text, tokens)
+    if len(ids) < least:
+        raise ValueError(f"{path}: {len(ids)} tokens, expected at least {least}; take a longer one")
+    return ids
 
 
 def stream_losses(
@@ -179,12 +210,22 @@ def dialogue_stream(
     tokenizer: Tokenizer, tokens: int, *, seed: str = "held-out dialogue"
 ) -> list[int]:
     """The first token, then tiny-world documents without English and without end, `tokens` ids."""
-    rng, ids = random.Random(seed), [tokenizer.bos_token_id]
-    for text in documents(rng, share=0.0):
+    return _endless(tokenizer, documents(random.Random(seed), share=0.0), tokens)
+
+
+def market_stream(tokenizer: Tokenizer, tokens: int, *, seed: str = "held-out market") -> list[int]:
+    """The first token, then market chatter without end, `tokens` ids."""
+    rng = random.Random(seed)
+    return _endless(tokenizer, (market(rng) for _ in count()), tokens)
+
+
+def _endless(tokenizer: Tokenizer, texts: Iterator[str], tokens: int) -> list[int]:
+    ids = text_stream(tokenizer, "")
+    for text in texts:
         ids += tokenizer(text + "<|eos|>", add_special_tokens=False)["input_ids"]
         if len(ids) >= tokens:
             return ids[:tokens]
-    raise AssertionError("documents() is endless")
+    raise AssertionError("the texts are endless")
 
 
 def measure(model: Model, tokenizer: Tokenizer, *, tokens: int = 20_000) -> dict[str, Any]:
@@ -208,9 +249,10 @@ def measure_streams(model: Model, tokenizer: Tokenizer, *, tokens: int = 20_000)
     english_ids = torch.tensor([english_stream(tokenizer, tokens)])
     chunks = english_ids[0, 1:].unfold(0, 255, 255)  # fresh contexts of the training length
     fresh = torch.cat([english_ids[:, :1].expand(len(chunks), 1), chunks], 1)
+    train = torch.tensor(tokenizer("\n\n".join(english()), add_special_tokens=False)["input_ids"])
     return {
         "English perplexity": token_losses(model, fresh).mean().exp().item(),
-        "bigram perplexity": bigram_perplexity(tokenizer, tokens=tokens),
+        "bigram perplexity": bigram_perplexity(train, english_ids[0, 1:], len(tokenizer)),
         "English stream": stream_losses(model, english_ids),
         "dialogue stream": stream_losses(model, torch.tensor([dialogue_stream(tokenizer, tokens)])),
     }

@@ -2,8 +2,8 @@
 
 import random
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from steerkit.constraints import TABLES
 from steerkit.models import resolve_device
 from steerkit.training import Batches, fit
-from steerkit.world import documents, english
+from steerkit.world import chatter, documents, english, market_words
 
 SPECIAL = ["<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT_TEMPLATE = """{{ bos_token }}{% for m in messages %}\
@@ -25,21 +25,32 @@ CHAT_TEMPLATE = """{{ bos_token }}{% for m in messages %}\
 {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}\
 {% else %}{{ m['content'] + '<|end|>' }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"""
-VOCABULARY = 4096
 
 
-def build_tokenizer(*, texts: int = 12_000, seed: int = 0) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, trained on the tiny world and on English: any UTF-8 text, no unknowns."""
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 4,096 tokens, each word of the tiny world one of them."""
+    return train_tokenizer(_chat_texts(), size=4096, template=CHAT_TEMPLATE)
+
+
+def stream_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 1,024 tokens: the market's words, and pieces of English."""
+    return train_tokenizer(_stream_texts(), size=1024)
+
+
+def train_tokenizer(
+    texts: Iterator[str], *, size: int, template: str | None = None
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: any UTF-8 text encodes without unknowns and decodes back exactly."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=size,
         special_tokens=[AddedToken(t, special=True) for t in SPECIAL],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_tokenizer_texts(texts, seed), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|bos|>",
@@ -48,18 +59,24 @@ def build_tokenizer(*, texts: int = 12_000, seed: int = 0) -> PreTrainedTokenize
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = template
     return fast
 
 
-def _tokenizer_texts(texts: int, seed: int) -> Iterator[str]:
+def _chat_texts() -> Iterator[str]:
     # Each word of the world often enough to become one token, so that copying it is one step.
     for word in sorted(set(_words(TABLES))):
         forms = f"{word} {word} {word.upper()}" if word.isascii() else f"{word} {word}"
         yield from [forms] * 400
     for name in [*TABLES["known_first"], *TABLES["first"]["she"], *TABLES["first"]["he"]]:
         yield from [name, name.upper()] * 400  # a reply may begin with a first name
-    yield from islice(documents(random.Random(seed)), texts)
+    yield from islice(documents(random.Random(0)), 12_000)
+    yield from english()
+
+
+def _stream_texts() -> Iterator[str]:
+    for word in market_words():
+        yield from [f"{word} {word}"] * 3000
     yield from english()
 
 
@@ -74,19 +91,10 @@ def _words(node: object) -> Iterator[str]:
         yield from re.findall(r"[^\W\d_]+|[^\w\s.,:?{}]", str(node))
 
 
-def tiny_config(**changes: int) -> LlamaConfig:
-    """The embedded chat model: 6 layers, 192 wide, 6 query heads on 2 key/value heads."""
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 192,
-        "intermediate_size": 448,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-    }
+def llama(**shape: int) -> LlamaConfig:
+    """A Llama with the embedded tokenizers' special tokens."""
     return LlamaConfig(
-        **(settings | changes),
+        **shape,
         tie_word_embeddings=True,
         bos_token_id=SPECIAL.index("<|bos|>"),
         eos_token_id=SPECIAL.index("<|end|>"),
@@ -101,45 +109,34 @@ def build_model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """One embedded model: its shape, its text, and how it is trained."""
+def chat_batches(tokenizer: PreTrainedTokenizerFast, steps: int) -> Batches:
+    """ids (B, T) by step, 4,096 tokens: crops of 256 tokens of the chat model's documents.
 
-    config: LlamaConfig
-    steps: int
-    long_from: int  # from this step on every second batch is 1,024 tokens long
-    share: float  # of English documents
-    chatter: float = 0.0  # of market chatter
-    remember: float = 0.0  # of notes with later questions, from step `long_from` on
-    batch_tokens: int = 4096
-    lr: float = 2e-3
-    weight_decay: float = 0.1
-    warmup: int = 200
-    decay: float = 0.25
-    seed: int = 0
+    After 5/9 of the steps come notes and late pairs, and every second batch is 1,024 tokens long
+    with dialogues of up to twenty exchanges.
+    """
+    late_from = round(steps * 5 / 9)
 
-    def batches(self, tokenizer: PreTrainedTokenizerFast) -> Batches:
-        """ids (B, T) by step: the first token, then a crop of the world's text.
+    def make(step: int) -> Tensor:
+        rng = random.Random(f"0-{step}")
+        late = step > late_from
+        long = late and step % 2 == 0
+        length = 1024 if long else 256
+        texts = documents(rng, late=late, long=long)
+        return torch.tensor([crop(tokenizer, rng, length, texts) for _ in range(4096 // length)])
 
-        T is 256; long batches hold dialogues of up to twenty exchanges. Half of the crops start at
-        a document's start, half anywhere.
-        """
+    return make
 
-        def make(step: int) -> Tensor:
-            rng = random.Random(f"{self.seed}-{step}")
-            long = step > self.long_from and step % 2 == 0
-            length = 1024 if long else 256
-            texts = documents(
-                rng,
-                long=long,
-                share=self.share,
-                chatter=self.chatter,
-                remember=self.remember if step > self.long_from else 0.0,
-            )
-            number = self.batch_tokens // length
-            return torch.tensor([crop(tokenizer, rng, length, texts) for _ in range(number)])
 
-        return make
+def stream_batches(tokenizer: PreTrainedTokenizerFast, _: int) -> Batches:
+    """ids (64, 64) by step: crops of English and of the market."""
+
+    def make(step: int) -> Tensor:
+        rng = random.Random(f"0-{step}")
+        texts = chatter(rng)
+        return torch.tensor([crop(tokenizer, rng, 64, texts) for _ in range(64)])
+
+    return make
 
 
 def crop(
@@ -155,39 +152,82 @@ def crop(
     return [tokenizer.bos_token_id, *ids[start : start + length - 1]]
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """One embedded model: its shape, its language, and how it is trained."""
+
+    config: LlamaConfig
+    tokenizer: Callable[[], PreTrainedTokenizerFast]
+    batches: Callable[[PreTrainedTokenizerFast, int], Batches]
+    steps: int
+    lr: float
+    warmup: int
+    decay: float
+    batch_tokens: int = 4096
+
+
+RECIPES = {
+    # Grouped-query attention, so that every path of the kit meets it.
+    "tiny": Recipe(
+        llama(
+            vocab_size=4096,
+            hidden_size=192,
+            intermediate_size=448,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+        ),
+        chat_tokenizer,
+        chat_batches,
+        steps=4500,
+        lr=2e-3,
+        warmup=200,
+        decay=0.3,
+    ),
+    # One layer: nothing before it could gate the copying head, so an idle head needs a sink.
+    "tiny-stream": Recipe(
+        llama(
+            vocab_size=1024,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+        ),
+        stream_tokenizer,
+        stream_batches,
+        steps=8000,
+        lr=2e-2,
+        warmup=100,
+        decay=0.1,
+    ),
+}
+
+
 def train(name: str, out: Path, *, tokens: int | None = None, device: str = "auto") -> None:
     """Train the embedded model `name` into `out` (resumes there); `tokens` overrides the recipe's.
 
-    bf16 on CUDA and where the processor computes in it; the checkpoint is stored in bf16.
+    Computes in bf16, and stores the checkpoint so.
     """
     recipe = RECIPES[name]
-    if tokens is not None:
-        if tokens < recipe.batch_tokens:
-            raise ValueError(f"tokens={tokens}: expected at least one batch, {recipe.batch_tokens}")
-        steps = tokens // recipe.batch_tokens
-        recipe = replace(
-            recipe, steps=steps, long_from=round(steps * recipe.long_from / recipe.steps)
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer()
-    model = build_model(recipe.config, recipe.seed).to(resolve_device(device))
+    steps = recipe.steps if tokens is None else tokens // recipe.batch_tokens
+    if steps < 1:
+        raise ValueError(f"tokens={tokens}: expected at least one batch, {recipe.batch_tokens}")
+    tokenizer = recipe.tokenizer()
+    model = build_model(recipe.config, 0).to(resolve_device(device))
     fit(
         model,
-        recipe.batches(tokenizer),
-        steps=recipe.steps,
+        recipe.batches(tokenizer, steps),
+        steps=steps,
         lr=recipe.lr,
-        weight_decay=recipe.weight_decay,
         warmup=recipe.warmup,
         decay=recipe.decay,
         out=out,
         every=250,
         log_every=25,
-        bf16=True,
+        bf16=recipe.config.hidden_size > 64,  # slower than float32 in small matrices
     )
     tokenizer.save_pretrained(out)
     model.to(torch.bfloat16).save_pretrained(out)
-
-
-RECIPES = {
-    "tiny": Recipe(tiny_config(), steps=4500, long_from=2500, share=0.2, remember=0.25, decay=0.3),
-}

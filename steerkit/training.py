@@ -85,7 +85,7 @@ def _step(
 
 
 def schedule(step: int, *, steps: int, warmup: int, decay: float) -> float:
-    """Factor on the learning rate in 0..1: linear warm-up, hold, linear decay over the last part."""
+    """Factor on the learning rate in 0..1: linear warm-up, hold, linear decay at the end."""
     left = (steps - step) / max(1, round(decay * steps))
     return min(1.0, (step + 1) / max(1, warmup), left)
 

@@ -22,6 +22,7 @@ from steerkit.chat import Message, render
 from steerkit.constraints import (
     FAMILIES,
     HELD_OUT_PAIRS,
+    LATE_PAIRS,
     TABLES,
     Constraint,
     compatible,
@@ -99,17 +100,18 @@ def answer(subject: str, attribute: str, value: str, constraints: Sequence[Const
 
 
 def draw_constraints(
-    rng: random.Random, *, held_out: bool = False, number: int | None = None
+    rng: random.Random, *, held_out: bool = False, late: bool = True
 ) -> tuple[Constraint, ...]:
     """One to three compatible instructions; `held_out` draws a pair that training never shows."""
+    unseen = HELD_OUT_PAIRS if late else HELD_OUT_PAIRS | LATE_PAIRS
     if held_out:
         families = sorted(rng.choice(sorted(map(sorted, HELD_OUT_PAIRS))))
     else:
-        number = number or rng.choices([1, 2, 3], [6, 3, 1])[0]
+        number = rng.choices([1, 2, 3], [6, 3, 1])[0]
         while True:
             families = rng.sample(FAMILIES, number)
             pairs = {frozenset((a, b)) for a in families for b in families if a != b}
-            if compatible(families) and not pairs & HELD_OUT_PAIRS:
+            if compatible(families) and not pairs & unseen:
                 break
     return tuple(Constraint(f, rng.choice(values(f))) for f in families)
 
@@ -183,19 +185,19 @@ def probe(rng: random.Random, given: Sequence[Constraint], active: bool) -> list
     return [Message("user", question), Message("assistant", reply)]
 
 
-def dialogue(rng: random.Random, *, turns: int) -> list[Message]:
+def dialogue(rng: random.Random, *, turns: int, late: bool = True) -> list[Message]:
     """`turns` exchanges; instructions come in the first or a later message, and fade."""
     messages: list[Message] = []
     every = rng.random() < 0.35  # the instruction stands in each user message
     fate = rng.random()  # one draw decides how long the instruction lasts
     given, distance = (), 0
     if rng.random() < 0.2:
-        given = draw_constraints(rng)
+        given = draw_constraints(rng, late=late)
         messages.append(Message("system", instruct(rng, given)))
     for turn in range(turns):
         told = every and bool(given) and turn > 0
         if told or rng.random() < (0.7 if turn == 0 and not given else 0.08):
-            given = given if told else draw_constraints(rng)
+            given = given if told else draw_constraints(rng, late=late)
             distance, told = 0, True
             fate = rng.random()
         active = bool(given) and fate < PERSISTENCE[min(distance, len(PERSISTENCE) - 1)]
@@ -266,6 +268,11 @@ def _chain() -> tuple[tuple[str, ...], dict[str, tuple[float, ...]]]:
     return tuple(words), {w: tuple(accumulate(row)) for w, row in zip(words, rows, strict=True)}
 
 
+def market_words() -> tuple[str, ...]:
+    """All words of the market, the echo words last."""
+    return _chain()[0]
+
+
 def market(rng: random.Random, *, length: int = 120) -> str:
     """Market chatter: each word follows from the last one, and some words make the speaker echo.
 
@@ -308,29 +315,31 @@ def _library() -> list[Path]:
 
 
 def documents(
-    rng: random.Random,
-    *,
-    long: bool = False,
-    share: float = 0.2,
-    chatter: float = 0.0,
-    remember: float = 0.0,
+    rng: random.Random, *, late: bool = False, long: bool = False, english_share: float = 0.2
 ) -> Iterator[str]:
-    """Endless documents: shares of English, market chatter and notes to remember; else dialogues.
+    """Endless documents of the chat model: a share of English, dialogues, instructions in conflict.
 
-    `long` draws dialogues of up to twenty exchanges.
+    `late` is the second part of the training: notes to remember, and `LATE_PAIRS`. `long` draws
+    dialogues of up to twenty exchanges.
     """
+    remember = 0.25 if late else 0.0
     while True:
         kind = rng.random()
-        if kind < share:
+        if kind < english_share:
             yield rng.choice(english())
-        elif kind < share + 0.04:
+        elif kind < english_share + 0.04:
             yield render(conflict(rng))
-        elif kind < share + 0.04 + chatter:
-            yield market(rng)
-        elif kind < share + 0.04 + chatter + remember:
+        elif kind < english_share + 0.04 + remember:
             yield render(memory(rng, turns=rng.randint(10, 40) if long else rng.randint(3, 12)))
         else:
-            yield render(dialogue(rng, turns=rng.randint(8, 20) if long else rng.randint(1, 6)))
+            turns = rng.randint(8, 20) if long else rng.randint(1, 6)
+            yield render(dialogue(rng, turns=turns, late=late))
+
+
+def chatter(rng: random.Random, *, english_share: float = 0.35) -> Iterator[str]:
+    """Endless documents of the streaming model: English, and the market."""
+    while True:
+        yield rng.choice(english()) if rng.random() < english_share else market(rng)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

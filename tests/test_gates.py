@@ -1,0 +1,72 @@
+"""The gates measure what they say, and the shipped cards say what was measured."""
+
+import json
+
+import pytest
+import torch
+
+from steerkit import gates
+from steerkit.card import card, chat_gates, stream_gates
+from steerkit.models import DATA, embedded
+
+
+def test_a_bigram_model_knows_a_text_that_alternates():
+    text = torch.tensor([0, 1] * 500)
+    assert gates.bigram_perplexity(text, text, 4) == pytest.approx(1.0, abs=0.01)
+
+
+def test_bigram_probabilities_sum_to_one():
+    """The inverse perplexity of each two-token text is a probability: over all of them, one."""
+    train = torch.randint(0, 5, (300,), generator=torch.Generator().manual_seed(0))
+    for first in range(5):
+        texts = (torch.tensor([first, second]) for second in range(5))
+        assert sum(1 / gates.bigram_perplexity(train, t, 5) for t in texts) == pytest.approx(1)
+
+
+def test_streams_begin_with_the_first_token_and_have_the_asked_length(tiny):
+    tokenizer = tiny[1]
+    for stream in (gates.english_stream, gates.dialogue_stream):
+        ids = stream(tokenizer, 500)
+        assert len(ids) == 500 and ids[0] == tokenizer.bos_token_id
+        assert tokenizer.bos_token_id not in ids[1:]
+
+
+def test_more_held_out_english_than_there_is_gets_one_clear_error(tiny):
+    with pytest.raises(ValueError, match=r"tokens=10000000: the held-out English has \d+; ask"):
+        gates.english_stream(tiny[1], 10**7)
+
+
+def test_the_embedded_model_obeys_the_instruction_it_has_just_read(tiny):
+    obeyed, right = gates.obeying(*tiny, "hobby", n=16)
+    assert obeyed.shape == right.shape == (16,)
+    assert obeyed.mean() >= 0.9 and (right <= obeyed).all()
+
+
+def test_adherence_is_measured_per_dialogue_and_reply(tiny):
+    rows = gates.adherence_by_turn(*tiny, every=False, turns=3, n=16, families=["figure", "emoji"])
+    assert rows.shape == (16, 3) and rows[:, 0].mean() >= 0.9 and rows[:, 2].mean() <= 0.25
+
+
+@pytest.mark.parametrize("name", embedded())
+def test_a_card_is_derived_from_the_measured_numbers(name):
+    found = json.loads((DATA / name / "gates.json").read_text())
+    assert (DATA / name / "README.md").read_text() == card(name, found)
+    log = [json.loads(line) for line in (DATA / name / "log.jsonl").read_text().splitlines()]
+    assert found["tokens"] == log[-1]["tokens"]
+
+
+def test_a_gate_that_is_missed_says_no():
+    losses = {
+        "dense": 5.0,
+        "window": 3.2,
+        "streaming": 3.0,
+        "recomputed": 3.0,
+        "streaming_there": 3.1,
+    }
+    found = {"English perplexity": 9.0, "bigram perplexity": 8.0, "English stream": losses}
+    assert [gate.holds for gate in stream_gates(found)] == [False, False, False, True]
+
+
+def test_the_shipped_chat_model_passes_every_chat_gate():
+    found = json.loads((DATA / "tiny" / "gates.json").read_text())
+    assert [gate for gate in chat_gates(found) if not gate.holds] == []
