@@ -1,0 +1,56 @@
+"""Streams for the losses: any UTF-8 file, and chatter without end."""
+
+from pathlib import Path
+
+import pytest
+
+from steerkit import gates
+from steerkit.world import market_words
+
+
+def test_a_file_is_read_as_its_text_would_be(tiny, tmp_path: Path):
+    tokenizer, text = tiny[1], "Zwölf Boxkämpfer 🚀\njagen Viktor.\n" * 20
+    path = tmp_path / "book.txt"
+    path.write_text(text, encoding="utf-8")
+    ids = gates.file_stream(tokenizer, path, 10**6)
+    assert ids[0] == tokenizer.bos_token_id and tokenizer.decode(ids[1:]) == text
+    assert gates.file_stream(tokenizer, path, 17) == ids[:17]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"", "the file is empty"),
+        (b" \n\n", "the file is empty"),
+        ("über".encode("latin-1"), "not UTF-8"),
+        (b"two", r"\d tokens, expected at least 50"),
+    ],
+)
+def test_a_file_that_cannot_be_read_gets_one_clear_line(tiny, tmp_path: Path, content, message):
+    path = tmp_path / "book.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        gates.file_stream(tiny[1], path, 100, least=50)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_is_no_text_file(tiny, tmp_path: Path):
+    with pytest.raises(ValueError, match="give the path of a text file"):
+        gates.file_stream(tiny[1], tmp_path, 100)
+
+
+def test_no_more_of_a_file_is_read_than_is_needed(tiny, tmp_path: Path):
+    """Bytes that are no text, far behind the wanted tokens, are never decoded."""
+    path = tmp_path / "log.txt"
+    path.write_bytes(b"all is well\n" * 10_000 + b"\xff")
+    assert len(gates.file_stream(tiny[1], path, 20)) == 20
+
+
+def test_the_market_never_closes_and_speaks_market_words_only(tiny):
+    ids = gates.market_stream(tiny[1], 3000)
+    words = {part for word in market_words() for part in word.split()}
+    assert len(ids) == 3000 and ids == gates.market_stream(tiny[1], 3500)[:3000]
+    texts = tiny[1].decode(ids[1:]).split("<|eos|>")[:-1]  # the last one is cut
+    assert len(texts) > 10 and set(" ".join(texts).split()) <= words
