@@ -101,8 +101,7 @@ AttentionMaskInterface.register(DOOR, sdpa_mask)
 
 @contextmanager
 def install(model: PreTrainedModel) -> Iterator[None]:
-    """Let `model` attend through the door inside the `with`; the previous implementation returns on
-    exit.
+    """Let `model` attend through the door inside the `with`; leave it as found.
 
     Raises ValueError, with the reason, for architectures that would be silently wrong or never ask
     the door.
@@ -186,8 +185,7 @@ def softmax_off_by_one(model: PreTrainedModel) -> Iterator[None]:
 
 
 def probe(model: PreTrainedModel, ids: Tensor, **inputs: Tensor) -> list[Call]:
-    """The attention calls of one forward over `ids` (B,T), first layer first: a few tokens, to
-    learn from.
+    """The attention calls of one forward over a few tokens `ids` (B,T), first layer first.
 
     Raises ValueError if some layer does not attend through the door (linear attention, own
     kernels).
@@ -277,9 +275,7 @@ def _weight_chunks(call: Call) -> Iterator[tuple[int, Tensor]]:
 
 
 def _additive(mask: Tensor | None, rows: slice, Q: int, K: int, device: torch.device) -> Tensor:
-    """Rows of a mask as 0 / -inf (or its own additive values); None is causal, aligned to the last
-    key.
-    """
+    """Rows of a mask as additive values; None is causal, aligned to the last key."""
     if mask is None:
         query = torch.arange(rows.start, rows.stop, device=device)[:, None] + (K - Q)
         mask = torch.arange(K, device=device) <= query
@@ -291,9 +287,7 @@ def _additive(mask: Tensor | None, rows: slice, Q: int, K: int, device: torch.de
 
 
 def softmax(scores: Tensor, zero_sink: bool = False) -> Tensor:
-    """Weights over the last axis; with `zero_sink` exp(s) / (1 + sum exp(s)), rows then sum to less
-    than 1.
-    """
+    """Weights over the last axis; with `zero_sink` exp(s) / (1 + sum exp(s)), less than 1 a row."""
     if not zero_sink:
         return scores.softmax(-1)
     return F.pad(scores, (1, 0)).softmax(-1)[..., 1:]
@@ -343,17 +337,14 @@ def key_mass(
 
 
 def token0_mass(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Mean weight on token 0: ids (B,T) -> (L,H). Query 0 is left out: it has nothing else to
-    attend to.
-    """
+    """Mean weight on token 0, ids (B,T) -> (L,H), of all queries but 0, which has no choice."""
     return key_mass(model, ids, first=1).mean(0)
 
 
 def sink_metric(
     model: PreTrainedModel, ids: Tensor, *, eps: float = 0.3, k: int = 0, tokens: int = 64
 ) -> float:
-    """Sink^eps_k of 2410.10781: fraction of heads whose mean weight on key `k` exceeds `eps`, in
-    0..1.
+    """Sink^eps_k of 2410.10781: fraction of heads with more than `eps` mean weight on key `k`.
 
     ids (B,T): the first `tokens` of each row are used; the mean is over rows, layers and heads.
     """

@@ -17,9 +17,7 @@ _STEPS = 3  # positions between the two probes: small, so that float32 angles ar
 
 
 class Rotation(NamedTuple):
-    """Radians per position of each rotated pair (float64), and whether a pair is (0, 1) or (0,
-    D/2).
-    """
+    """Radians per position of each rotated pair (float64); pairs are (0, 1) or (0, D/2)."""
 
     frequencies: Tensor
     interleaved: bool
@@ -32,9 +30,7 @@ class Rotation(NamedTuple):
         return angles.cos().float(), angles.sin().float()
 
     def turn(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-        """Turn vectors (..., T, D) by `table`; dimensions beyond the rotated ones pass (partial
-        rotary).
-        """
+        """Turn vectors (..., T, D); dimensions beyond the rotated ones pass (partial rotary)."""
         cos, sin = table
         pairs = cos.shape[-1]
         turned, kept = x[..., : 2 * pairs].float(), x[..., 2 * pairs :]

@@ -42,7 +42,7 @@ class _Stream:
         self.origin = 0  # token t sits in ring slot (t - S - origin) % (R + 1)
         self.n = 0  # new tokens of the running forward, 0 between forwards
         self.updated = 0  # layers that have stored them
-        self.tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.tables: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
         self.bias: tuple[tuple[Any, ...], Tensor | None] = ((), None)
 
     @property
@@ -55,15 +55,15 @@ class _Stream:
         """Ring slot of the next token, and of the oldest key once the ring is full."""
         return (self.seen - self.sinks - self.origin) % (self.window + 1)
 
-    def table(self, rotation: Rotation, queries: range, sign: int) -> tuple[Tensor, Tensor]:
-        """Turn by sign * (model's position - in-cache position) of new tokens; shared by the
-        layers.
-        """
-        key = (id(rotation), queries.start)
+    def table(
+        self, rotation: Rotation, queries: range, sign: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Turn by sign * (model's position - in-cache position) of new tokens, for all layers."""
+        key = (id(rotation), queries.start, device)
         if key not in self.tables:
             t = torch.arange(queries.start, queries.stop) + self.seen
             excess = t - self.shift - t.clamp(max=self.sinks + self.window)
-            self.tables[key] = rotation.table(sign * excess.to(rotation.frequencies.device))
+            self.tables[key] = rotation.table(sign * excess.to(device))
         return self.tables[key]
 
     def advance(self) -> None:
@@ -74,8 +74,7 @@ class _Stream:
         self.tables.clear()
 
     def visible_bias(self, call: Call, first: int, rest: int) -> Tensor:
-        """0 / -inf (B,H,n,K): keys are the sinks, then tokens from `rest`; queries are tokens from
-        `first`.
+        """0 / -inf (B,H,n,K): keys are the sinks and the tokens from `rest`, queries from `first`.
 
         Kept between calls: in a long stream every block has the same one, and layers rewrite the
         sink columns.
@@ -142,9 +141,7 @@ class SinkLayer(CacheLayerMixin):
         return self.keys[:, :, :held], self.values[:, :, :held]
 
     def _roll(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys in the stream's order, for a block of queries: sinks, ring, new. The ring is
-        left sorted.
-        """
+        """All keys in the stream's order, for a block of queries; the ring is left sorted."""
         S, R = self.stream.sinks, self.stream.window
         keys, values = self._in_order(self.keys, key), self._in_order(self.values, value)
         self.keys[:, :, S:], self.values[:, :, S:] = keys[:, :, -R - 1 :], values[:, :, -R - 1 :]
@@ -182,15 +179,14 @@ class SinkLayer(CacheLayerMixin):
         return torch.cat(out, dim=1) if len(out) > 1 else out[0]
 
     def _sink_bias(self, call: Call, queries: range) -> Tensor:
-        """What brings the sinks to their in-cache distance: (turned q - q) . k_sink * scaling,
-        (B,H,n,S).
-        """
+        """(B,H,n,S) that brings sinks to their distance: (turned q - q) . k_sink * scaling."""
         S = self.stream.sinks
         B, H, n, D = call.query.shape
         bias = call.query.new_zeros(B, H, n, S)
         if self.rotation:
             query = call.query.float()
-            turned = self.rotation.turn(query, self.stream.table(self.rotation, queries, -1))
+            table = self.stream.table(self.rotation, queries, -1, query.device)
+            turned = self.rotation.turn(query, table)
             grouped = (turned - query).view(
                 B, -1, H // self.sink_keys.shape[1], n, D
             )  # (B,Hkv,G,n,D)
@@ -258,8 +254,7 @@ class SinkLayer(CacheLayerMixin):
 
 
 class SinkCache(Cache):
-    """Cache of `sinks` first and `window` most recent tokens, for `model.generate(ids,
-    past_key_values=...)`.
+    """The `sinks` first and `window` most recent tokens: `generate(..., past_key_values=cache)`.
 
     Endless: positions are counted inside the cache, memory and time per token do not depend on the
     length of the stream. Takes prompts longer than itself, further turns, batches of equal length
@@ -323,9 +318,7 @@ class SinkCache(Cache):
         return kwargs | {"position_ids": positions, "attention_mask": None}
 
     def _rebase(self) -> None:
-        """Let the model's positions restart at the cache's own, S + R, before they run too far
-        ahead.
-        """
+        """Restart the model's positions at the cache's own, S + R, before they run far ahead."""
         stream = self.stream
         ahead = stream.seen - stream.shift - (stream.sinks + stream.window)
         limit = _AHEAD_FLOAT32 if self._model.dtype == torch.float32 else _AHEAD_HALF
@@ -343,15 +336,13 @@ class SinkCache(Cache):
                 alike[id(layer.rotation), sink_keys.shape, sink_keys.device].append(layer)
         for layers in alike.values():
             rotation = layers[0].rotation
-            table = self.stream.table(rotation, range(1), 1)
+            table = self.stream.table(rotation, range(1), 1, layers[0].sink_keys.device)
             turned = rotation.turn(torch.stack([layer.sink_keys for layer in layers]), table)
             for layer, keys in zip(layers, turned, strict=True):
                 layer.keys[:, :, : self.stream.sinks] = keys
 
     def _end(self) -> None:
-        """Leave the model as found. An unfinished forward leaves n standing, which `_begin`
-        refuses.
-        """
+        """Leave the model as found; `_begin` refuses where an unfinished forward left n."""
         self._forward.close()
         if self.stream.n and self.stream.updated == len(self.layers):
             self.stream.advance()

@@ -1,5 +1,4 @@
-"""StreamingLLM (2309.17453): the losses of a long stream under a bounded cache, and talk without
-end.
+"""StreamingLLM (2309.17453): losses of a long stream in a bounded cache, and endless talk.
 
 Axes: B batch, T tokens of the stream, V vocabulary. Losses in nats.
 """
@@ -95,14 +94,15 @@ def recomputed_losses(
     *,
     length: int,
     positions: Sequence[int] | Tensor | None = None,
+    first: Sequence[int] = (),
     batch: int | None = None,
 ) -> Tensor:
-    """Sliding window with re-computation: every loss from a fresh forward over the last `length`
-    tokens.
+    """Sliding window with re-computation: each loss from a fresh forward over `length` tokens.
 
     ids (B,T) -> (B,P) at `positions` of `token_losses`' last axis (default: all T-1). Position p
-    predicts token p+1 from tokens max(0, p+1-length) .. p. `batch` windows share a forward
-    (default: about 8192 tokens).
+    predicts token p+1 from tokens max(0, p+1-length) .. p. `first` holds token ids to put in front
+    of each window that has left the stream's start, for a model whose texts always began with
+    them. `batch` windows share a forward (default: about 8192 tokens).
     """
     check_ids(model, ids)
     T = ids.shape[1]
@@ -126,14 +126,15 @@ def recomputed_losses(
         losses[:, ~full] = early[:, wanted[~full]]
     if full.any():
         batch = max(1, _BATCH_TOKENS // length) if batch is None else batch
-        losses[:, full] = _window_losses(model, ids, wanted[full], length, batch)
+        front = torch.tensor(first, dtype=torch.long)
+        losses[:, full] = _window_losses(model, ids, wanted[full], length, front, batch)
     return losses
 
 
 def _window_losses(
-    model: PreTrainedModel, ids: Tensor, ends: Tensor, length: int, batch: int
+    model: PreTrainedModel, ids: Tensor, ends: Tensor, length: int, front: Tensor, batch: int
 ) -> Tensor:
-    """Last losses of the windows of `length` tokens that end at `ends`: (B,len(ends))."""
+    """Last losses of the windows of `length` tokens, behind `front`, that end at `ends`: (B,P)."""
     if batch < 1:
         raise ValueError(f"batch={batch}: expected at least 1 window per forward")
     B, P = ids.shape[0], len(ends)
@@ -145,7 +146,8 @@ def _window_losses(
     with tqdm(total=B * P, unit=" windows", delay=_SHOW_AFTER, leave=False) as bar:
         for start in range(0, B * P, batch):
             row, last = rows[start : start + batch], lasts[start : start + batch]
-            windows = ids[row[:, None], last[:, None] + offsets].to(model.device)
+            windows = ids[row[:, None], last[:, None] + offsets]
+            windows = torch.cat([front.expand(len(row), -1), windows], 1).to(model.device)
             logits = model(input_ids=windows, use_cache=False, **keep).logits[:, -1:]
             target = ids[row, last + 1].to(model.device)[:, None]
             losses[start : start + batch] = next_token_loss(logits, target)[:, 0]
@@ -181,9 +183,7 @@ def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
 
 
 def _refuse_length(model: PreTrainedModel, tokens: int) -> None:
-    """Positions the model cannot have: beyond a learned table, or where frequencies begin to
-    change.
-    """
+    """Positions beyond a learned table, or where frequencies begin to change."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     kinds = rope_kinds(model)
     static = kinds and not any("dynamic" in kind or kind == "longrope" for kind in kinds)

@@ -116,6 +116,15 @@ def test_learned_sinks_and_soft_caps_never_reach_sdpa_silently(llama: PreTrained
         door(module, q, q[:, :2], q[:, :2], None, softcap=50.0)
 
 
+@torch.no_grad()
+def test_nothing_attached_goes_straight_to_stock(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with install(llama):
+        monkeypatch.setattr("steerkit.attention.Call", None)  # none is made
+        llama(tokens(1, 5))
+
+
 def test_an_edit_sees_one_layer_and_is_gone_afterwards(llama: PreTrainedModel) -> None:
     ids, seen = tokens(1, 7), []
 

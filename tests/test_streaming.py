@@ -1,5 +1,6 @@
 """Streaming equals one token per forward, under every option, for every architecture it accepts."""
 
+import importlib.util
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from steerkit.streameval import (
     eval_stream,
 )
 from steerkit.streaming import recomputed_losses, stream_chat, token_hits, token_losses
+from steerkit.timing import decode_pace, interleaved
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 ROTARY = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt_neox", "olmo2", "smollm3"]
@@ -218,6 +220,15 @@ def test_recomputation_over_everything_is_dense(llama: PreTrainedModel) -> None:
     assert gap(recomputed_losses(llama, ids, length=50), stock_losses(llama, ids)) < 2e-5
 
 
+def test_recomputation_puts_the_first_tokens_before_each_window(llama: PreTrainedModel) -> None:
+    ids, L = tokens(1, 30), 8
+    front = torch.tensor([[5, 9]])
+    rows = [torch.cat([front, ids[:, p + 1 - L : p + 2]], 1) for p in range(L - 1, 29)]
+    want = torch.stack([stock_losses(llama, row)[:, -1] for row in rows], 1)
+    ours = recomputed_losses(llama, ids, length=L, first=[5, 9], positions=range(L - 1, 29))
+    assert gap(ours, want) < 2e-5
+
+
 # SinkCache under generate
 
 
@@ -235,7 +246,7 @@ def test_generate_equals_the_oracle_over_2000_tokens(official, prompt: int) -> N
     assert len(set(out[0, -200:].tolist())) > 100  # not a loop, which would prove little
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma3", "smollm3"])
 def test_conversation_goes_on_over_many_turns(name: str) -> None:
     model, ids = tiny(name), tokens(1, 40)
     cache = SinkCache(model, sinks=4, window=20)
@@ -534,6 +545,8 @@ def test_eval_stream_asks_for_lines_that_are_there() -> None:
     assert len(set(numbers)) == len(numbers) == 12
     assert {q.back for q in stream.queries} == {2, 9, 30}
     assert torch.equal(eval_stream(words(), **make).ids, stream.ids)
+    dense = eval_stream(words(), lines=40, every=1, back=[1, 2, 3])
+    assert len({query.read for query in dense.queries}) == len(dense.queries)  # none asked twice
 
 
 def test_hits_need_every_token_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -567,3 +580,34 @@ def test_the_door_stays_out_of_a_stream_s_way(llama: PreTrainedModel) -> None:
     with install(llama):
         assert torch.equal(token_losses(llama, ids, sinks=2, window=10), want)
     assert attention_weights(llama, ids[:, :9]).shape == (2, 4, 9, 9)
+
+
+# Pace
+
+
+def test_interleaved_steps_take_turns_and_report_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, order = iter([0, 9, 0, 9, 0, 1, 0, 4, 0, 2, 0, 5, 0, 9, 0, 6]), []
+    monkeypatch.setattr("steerkit.timing._now", lambda: next(clock))
+    steps = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    assert interleaved(steps, repeats=3, warmup=1) == {"a": 2, "b": 5}
+    assert "".join(order) == "abababab"
+
+
+def test_pace_counts_the_keys_and_values_in_sight(llama: PreTrainedModel) -> None:
+    pace = {p.method: p for p in decode_pace(llama, cache=40, sinks=4, repeats=1)}
+    per_token = 2 * 2 * 2 * 8 * 4 / 2**20  # layers, keys and values, heads, D, bytes
+    assert pace["dense"].megabytes == pytest.approx(40 * per_token)
+    assert pace["streaming"].megabytes == pytest.approx((41 + 4 / 2) * per_token)
+    assert pace["re-computation"].megabytes == 0
+    assert all(p.milliseconds > 0 and p.cache == 40 for p in pace.values())
+
+
+def test_the_benchmark_runs() -> None:
+    path = Path(__file__).parent.parent / "benchmarks" / "streaming.py"
+    spec = importlib.util.spec_from_file_location("benchmark_streaming", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    rows = benchmark.measure(quick=True, layers=1, width=32, kv_heads=4)
+    assert all(len(row) == 4 for row in rows)
+    goals = ["< 1e-4", ">= 20x", "<= 10 %", "<= 10 %", "<= +2 %", "<= +2 %"]
+    assert [row[1] for row in rows if row[1]] == goals
