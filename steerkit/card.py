@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from steerkit.constraints import FAMILIES
-from steerkit.gates import measure, measure_streams, pair_names
+from steerkit.gates import measure_chat, measure_streams, pair_names
 from steerkit.models import load
+from steerkit.recipe import RECIPES
 from steerkit.results import versions, write_json, write_text
 from steerkit.world import PERSISTENCE
 
@@ -28,8 +29,8 @@ def write_card(directory: Path, *, name: str) -> dict[str, Any]:
     """
     model, tokenizer = load(directory, device="cpu")
     log = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
-    chats = name == "tiny"
-    found = (measure if chats else measure_streams)(model, tokenizer)
+    found = measure_chat(model, tokenizer) if tokenizer.chat_template else {}
+    found |= measure_streams(model, tokenizer, length=RECIPES[name].length)
     found |= {"tokens": log[-1]["tokens"], "parameters": model.num_parameters()}
     found |= {"python": platform.python_version(), "versions": versions()}
     write_json(directory / "gates.json", found)

@@ -180,22 +180,23 @@ def file_stream(
 
 
 def stream_losses(
-    model: Model, ids: Tensor, *, window: int = 252, length: int = 256, points: int = 256
+    model: Model, ids: Tensor, *, length: int, sinks: int = 4, points: int = 256
 ) -> dict[str, float]:
     """Mean loss (nats) on a stream, ids (1, T), beyond its first `length` tokens.
 
-    All settings keep the same number of tokens; re-computation is sampled at `points` positions and
-    given beside streaming's loss at the same positions.
+    In all bounded settings a token sees `length` tokens, itself included. Re-computation puts the
+    first token in front of each window: the model has never seen a text without it. It is sampled
+    at `points` positions, and given beside streaming's loss at the same ones.
     """
-    sinks = length - window
     losses = {
         "dense": token_losses(model, ids),
-        "window": token_losses(model, ids, sinks=0, window=length),
-        "streaming": token_losses(model, ids, sinks=sinks, window=window),
+        "window": token_losses(model, ids, sinks=0, window=length - 1),
+        "streaming": token_losses(model, ids, sinks=sinks, window=length - 1 - sinks),
     }
     found = {name: row[0, length:].mean().item() for name, row in losses.items()}
     at = torch.linspace(length, ids.shape[1] - 2, points).long()
-    again = recomputed_losses(model, ids, length=length, positions=at)
+    first = ids[0, :1].tolist()
+    again = recomputed_losses(model, ids, length=length - 1, first=first, positions=at)
     found["recomputed"] = again.mean().item()
     found["streaming_there"] = losses["streaming"][0, at].mean().item()
     return found
@@ -210,7 +211,7 @@ def dialogue_stream(
     tokenizer: Tokenizer, tokens: int, *, seed: str = "held-out dialogue"
 ) -> list[int]:
     """The first token, then tiny-world documents without English and without end, `tokens` ids."""
-    return _endless(tokenizer, documents(random.Random(seed), share=0.0), tokens)
+    return _endless(tokenizer, documents(random.Random(seed), english_share=0.0), tokens)
 
 
 def market_stream(tokenizer: Tokenizer, tokens: int, *, seed: str = "held-out market") -> list[int]:
@@ -228,8 +229,8 @@ def _endless(tokenizer: Tokenizer, texts: Iterator[str], tokens: int) -> list[in
     raise AssertionError("the texts are endless")
 
 
-def measure(model: Model, tokenizer: Tokenizer, *, tokens: int = 20_000) -> dict[str, Any]:
-    """All gates of one model: name -> mean with 95 % interval and n, or plain numbers."""
+def measure_chat(model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
+    """All gates of a chat model: name -> mean with 95 % interval and n, or a row by turn."""
     found: dict[str, Any] = {
         "facts": _summary(facts(model, tokenizer)),
         "reading": _summary(reading(model, tokenizer)),
@@ -241,20 +242,32 @@ def measure(model: Model, tokenizer: Tokenizer, *, tokens: int = 20_000) -> dict
         rows = adherence_by_turn(model, tokenizer, every=every)
         found[f"{key}, by turn"] = [round(x, 4) for x in rows.mean(0).tolist()]
         found[f"{key}, all turns"] = _summary(rows.mean(1))
-    return found | measure_streams(model, tokenizer, tokens=tokens)
+    return found
 
 
-def measure_streams(model: Model, tokenizer: Tokenizer, *, tokens: int = 20_000) -> dict[str, Any]:
-    """Held-out losses on two endless streams, and English perplexity beside a bigram model's."""
-    english_ids = torch.tensor([english_stream(tokenizer, tokens)])
-    chunks = english_ids[0, 1:].unfold(0, 255, 255)  # fresh contexts of the training length
-    fresh = torch.cat([english_ids[:, :1].expand(len(chunks), 1), chunks], 1)
+def measure_streams(
+    model: Model, tokenizer: Tokenizer, *, length: int, tokens: int = 20_000
+) -> dict[str, Any]:
+    """Held-out losses on two endless streams, and English perplexity beside a bigram model's.
+
+    `length` is the training length: the cache's size, and the fresh contexts of the perplexity.
+    The second stream is of dialogues for a chat model, and of the market for another.
+    """
+    first, *rest = english_stream(tokenizer, tokens)
+    chunks = torch.tensor(rest).unfold(0, length - 1, length - 1)
+    fresh = torch.cat([torch.full((len(chunks), 1), first), chunks], 1)
     train = torch.tensor(tokenizer("\n\n".join(english()), add_special_tokens=False)["input_ids"])
+    kind, other = (
+        ("dialogue", dialogue_stream) if tokenizer.chat_template else ("market", market_stream)
+    )
+    streams = {"English": [first, *rest], kind: other(tokenizer, tokens)}
     return {
         "English perplexity": token_losses(model, fresh).mean().exp().item(),
-        "bigram perplexity": bigram_perplexity(train, english_ids[0, 1:], len(tokenizer)),
-        "English stream": stream_losses(model, english_ids),
-        "dialogue stream": stream_losses(model, torch.tensor([dialogue_stream(tokenizer, tokens)])),
+        "bigram perplexity": bigram_perplexity(train, torch.tensor(rest), len(tokenizer)),
+        "length": length,
+    } | {
+        f"{name} stream": stream_losses(model, torch.tensor([ids]), length=length)
+        for name, ids in streams.items()
     }
 
 

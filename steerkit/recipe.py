@@ -109,16 +109,16 @@ def build_model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-def chat_batches(tokenizer: PreTrainedTokenizerFast, steps: int) -> Batches:
+def chat_batches(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> Batches:
     """ids (B, T) by step, 4,096 tokens: crops of 256 tokens of the chat model's documents.
 
-    After 5/9 of the steps come notes and late pairs, and every second batch is 1,024 tokens long
+    After 5/8 of the steps come notes and late pairs, and every second batch is 1,024 tokens long
     with dialogues of up to twenty exchanges.
     """
-    late_from = round(steps * 5 / 9)
+    late_from = round(steps * 5 / 8)
 
     def make(step: int) -> Tensor:
-        rng = random.Random(f"0-{step}")
+        rng = random.Random(f"{seed}-{step}")
         late = step > late_from
         long = late and step % 2 == 0
         length = 1024 if long else 256
@@ -128,11 +128,11 @@ def chat_batches(tokenizer: PreTrainedTokenizerFast, steps: int) -> Batches:
     return make
 
 
-def stream_batches(tokenizer: PreTrainedTokenizerFast, _: int) -> Batches:
+def stream_batches(tokenizer: PreTrainedTokenizerFast, _: int, seed: int) -> Batches:
     """ids (64, 64) by step: crops of English and of the market."""
 
     def make(step: int) -> Tensor:
-        rng = random.Random(f"0-{step}")
+        rng = random.Random(f"{seed}-{step}")
         texts = chatter(rng)
         return torch.tensor([crop(tokenizer, rng, 64, texts) for _ in range(64)])
 
@@ -158,7 +158,8 @@ class Recipe:
 
     config: LlamaConfig
     tokenizer: Callable[[], PreTrainedTokenizerFast]
-    batches: Callable[[PreTrainedTokenizerFast, int], Batches]
+    batches: Callable[[PreTrainedTokenizerFast, int, int], Batches]  # (tokenizer, steps, seed)
+    length: int  # tokens of most training sequences
     steps: int
     lr: float
     warmup: int
@@ -180,7 +181,8 @@ RECIPES = {
         ),
         chat_tokenizer,
         chat_batches,
-        steps=4500,
+        length=256,
+        steps=4000,
         lr=2e-3,
         warmup=200,
         decay=0.3,
@@ -198,6 +200,7 @@ RECIPES = {
         ),
         stream_tokenizer,
         stream_batches,
+        length=64,
         steps=8000,
         lr=2e-2,
         warmup=100,
@@ -206,20 +209,22 @@ RECIPES = {
 }
 
 
-def train(name: str, out: Path, *, tokens: int | None = None, device: str = "auto") -> None:
+def train(
+    name: str, out: Path, *, tokens: int | None = None, seed: int = 0, device: str = "auto"
+) -> None:
     """Train the embedded model `name` into `out` (resumes there); `tokens` overrides the recipe's.
 
-    Computes in bf16, and stores the checkpoint so.
+    The shipped models have seed 0, `tiny-stream-1` and `tiny-stream-2` the seeds 1 and 2. Computes in bf16, and stores the checkpoint so.
     """
     recipe = RECIPES[name]
     steps = recipe.steps if tokens is None else tokens // recipe.batch_tokens
     if steps < 1:
         raise ValueError(f"tokens={tokens}: expected at least one batch, {recipe.batch_tokens}")
     tokenizer = recipe.tokenizer()
-    model = build_model(recipe.config, 0).to(resolve_device(device))
+    model = build_model(recipe.config, seed).to(resolve_device(device))
     fit(
         model,
-        recipe.batches(tokenizer, steps),
+        recipe.batches(tokenizer, steps, seed),
         steps=steps,
         lr=recipe.lr,
         warmup=recipe.warmup,

@@ -352,6 +352,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train.add_argument("--out", type=Path, required=True)
     train.add_argument("--model", choices=sorted(recipe.RECIPES), default="tiny")
     train.add_argument("--tokens", type=int, help="instead of the recipe's number")
+    train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", default="auto")
     sample = commands.add_parser("sample", help="print documents of the tiny world")
     sample.add_argument("--seed", type=int, default=0)
@@ -363,7 +364,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     card.add_argument("--name", choices=sorted(recipe.RECIPES), default="tiny")
     options = parser.parse_args(argv)
     if options.command == "train":
-        recipe.train(options.model, options.out, tokens=options.tokens, device=options.device)
+        wishes = {"tokens": options.tokens, "seed": options.seed, "device": options.device}
+        recipe.train(options.model, options.out, **wishes)
     elif options.command == "card":
         from steerkit.card import write_card
 
