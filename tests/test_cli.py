@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+import torch
 from conftest import NotebookMaker
 
 from steerkit import cli, runner
@@ -220,12 +221,26 @@ def test_doctor_says_what_is_here_and_what_is_missing(
 ) -> None:
     assert cli.main(["doctor"], root=root) == 1
     printed = capsys.readouterr().out
-    for word in ("torch", "transformers", "cores", "memory_gib", "device", "smoke", "cpu", "gpu"):
+    for word in ("torch", "transformers", "cores", "memory_gib", "device", "smoke", "cpu"):
         assert word in printed
     assert f"missing: {root / 'notebooks'} holds no notebooks" in printed
     make_notebook("01", [])
     cli.main(["doctor"], root=root)
     assert "holds no notebooks" not in capsys.readouterr().out
+
+
+def test_doctor_sizes_the_gpu_profile_by_free_memory(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cli.main(["doctor"], root=root)
+    assert "torch sees no CUDA device" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * 2**30, 16 * 2**30))
+    cli.main(["doctor"], root=root)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "A GPU" in printed and "10 of 16 GiB free" in printed and "4.3 B" in printed
 
 
 def test_python_m_steerkit_is_the_command() -> None:

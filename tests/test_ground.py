@@ -21,7 +21,7 @@ ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
 PINS = dict(
     line.split("==")
     for line in (ROOT / "constraints.txt").read_text().splitlines()
-    if not line.startswith("#")
+    if "==" in line and not line.startswith("#")
 )
 ACCELERATOR = re.compile(r"^(nvidia-|cuda-|triton|pytorch-triton)")
 
