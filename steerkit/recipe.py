@@ -214,7 +214,8 @@ def train(
 ) -> None:
     """Train the embedded model `name` into `out` (resumes there); `tokens` overrides the recipe's.
 
-    The shipped models have seed 0, `tiny-stream-1` and `tiny-stream-2` the seeds 1 and 2. Computes in bf16, and stores the checkpoint so.
+    The shipped models have seed 0, `tiny-stream-1` and `tiny-stream-2` the seeds 1 and 2. Wide
+    models are computed in bf16; checkpoints are stored in it.
     """
     recipe = RECIPES[name]
     steps = recipe.steps if tokens is None else tokens // recipe.batch_tokens
