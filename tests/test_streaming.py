@@ -254,11 +254,21 @@ def test_conversation_goes_on_over_many_turns(name: str) -> None:
         ids = model.generate(ids, past_key_values=cache, max_new_tokens=15, **GREEDY)
         ids = torch.cat([ids, tokens(1, 1 + 11 * turn, seed=turn)], dim=1)
     with torch.no_grad():
-        logits = model(ids[:, cache.seen :], past_key_values=cache).logits[:, -1]
+        model(ids[:, cache.seen : -1], past_key_values=cache)
+        logits = model(ids[:, -1:], past_key_values=cache).logits[:, -1]  # a single query last
     want = token_losses(model, torch.cat([ids, ids[:, :1]], 1), sinks=4, window=20, block=1)
     assert -logits.log_softmax(-1)[0, ids[0, 0]].item() == pytest.approx(
         want[0, -1].item(), abs=1e-4
     )
+
+
+@pytest.mark.parametrize("block", [1, 70])
+def test_a_sliding_window_that_just_holds_the_cache_changes_nothing(block: int) -> None:
+    local, free = tiny("mistral", sliding_window=25), tiny("mistral", sliding_window=None)
+    ours, want = (
+        token_losses(m, tokens(1, 120), sinks=4, window=20, block=block) for m in (local, free)
+    )
+    assert gap(ours, want) < 2e-5
 
 
 def test_batches_of_equal_length_and_chunked_prefill(llama: PreTrainedModel) -> None:
