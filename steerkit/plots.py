@@ -92,12 +92,18 @@ def heat_map(
     return ax
 
 
-def head_grid(ax: Axes, values: Any, *, bar: str, form: str = "{:.2f}") -> Axes:
-    """One cell per head with its number written in it: values (L, H), layer 0 at the top."""
+def head_grid(
+    ax: Axes, values: Any, *, bar: str, form: str = "{:.2f}", vmax: float | None = None
+) -> Axes:
+    """One cell per head with its number written in it: values (L, H), layer 0 at the top.
+
+    With `vmax` colours run from 0 to it, so that several grids compare.
+    """
     v = np.asarray(values, dtype=float)
     if v.ndim != 2:
         raise ValueError(f"values of shape {v.shape}: expected (L, H)")
-    image = ax.imshow(v, aspect="auto", interpolation="nearest")
+    vmin = None if vmax is None else 0
+    image = ax.imshow(v, aspect="auto", interpolation="nearest", vmin=vmin, vmax=vmax)
     for (layer, head), x in np.ndenumerate(v):
         dark = image.norm(x) < 0.5
         colour = "white" if dark else "black"

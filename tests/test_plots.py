@@ -110,6 +110,16 @@ def test_head_grid_writes_each_number_at_its_layer_and_head() -> None:
     plt.close(fig)
 
 
+def test_head_grids_with_one_vmax_have_comparable_colours() -> None:
+    fig, axes = plt.subplots(1, 2)
+    for ax, values in zip(axes, ([[0.2, 0.3]], [[0.3, 0.9]]), strict=True):
+        plots.head_grid(ax, values, bar="weight on token 0", vmax=1)
+    images = [ax.images[0] for ax in axes]
+    assert images[0].to_rgba(0.3) == images[1].to_rgba(0.3)
+    assert axes[0].texts[1].get_color() == axes[1].texts[0].get_color()
+    plt.close(fig)
+
+
 def test_curves_draw_lines_bands_scales_and_legend() -> None:
     fig, ax = plt.subplots()
     ys = {"window": [1.0, 9.0], "streaming": [1.0, 1.1]}
