@@ -1,18 +1,46 @@
 """Notebooks that reproduce four results about steering a language model's attention."""
 
-from steerkit.attention import sink_metric, softmax_off_by_one, token0_mass
+from steerkit.attention import (
+    attach,
+    attention_weights,
+    install,
+    key_mass,
+    sink_metric,
+    softmax_off_by_one,
+    token0_mass,
+    value_norms,
+)
 from steerkit.chat import Message, play, reply
 from steerkit.models import load
-from steerkit.streaming import recomputed_losses, token_losses
+from steerkit.results import bootstrap, figures_dir, paper_result, save_claim
+from steerkit.sink_cache import SinkCache
+from steerkit.streameval import Fact, accuracy_by_distance, eval_hits, eval_stream
+from steerkit.streaming import recomputed_losses, stream_chat, token_hits, token_losses
 
 __all__ = [
+    "Fact",
     "Message",
+    "SinkCache",
+    "accuracy_by_distance",
+    "attach",
+    "attention_weights",
+    "bootstrap",
+    "eval_hits",
+    "eval_stream",
+    "figures_dir",
+    "install",
+    "key_mass",
     "load",
+    "paper_result",
     "play",
     "recomputed_losses",
     "reply",
+    "save_claim",
     "sink_metric",
     "softmax_off_by_one",
+    "stream_chat",
     "token0_mass",
+    "token_hits",
     "token_losses",
+    "value_norms",
 ]
