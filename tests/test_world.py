@@ -84,8 +84,35 @@ def test_a_biography_holds_its_answer_and_the_distractors_differ_in_person_or_at
         assert question.text.count(statement) == 1
 
 
+def test_rivals_share_attributes_and_only_the_name_decides():
+    for seed in range(100):
+        question = world.rival_question(rng(seed))
+        statements = question.text.split(". ")[:4]
+        names = [" ".join(s.split()[:2]) for s in statements]
+        assert len(statements) == 4 and names.count(question.subject) in (2, 4)
+
+
+def test_notes_can_be_answered_from_the_dialogue_alone():
+    for seed in range(50):
+        said = {}
+        messages = world.memory(rng(seed), turns=20)
+        for user, assistant in zip(messages[::2], messages[1::2], strict=True):
+            if user.content.startswith("Note: "):
+                said[user.content.removeprefix("Note: ")] = True
+            else:
+                assert assistant.content in said
+
+
+def test_an_echo_word_is_followed_by_the_word_before_it():
+    echoes = set(TABLES["echoes"])
+    words = world.market(rng(), length=2000).split()
+    after = [(a, c) for a, b, c in zip(words, words[1:], words[2:], strict=False) if b in echoes]
+    assert len(after) > 100 and all(a == c for a, c in after)
+    assert echoes == set(world.market_words()[-len(echoes) :])
+
+
 def test_instructions_fade_as_the_card_says():
-    """First-turn hobby instructions in generated dialogues: obeyed at reply 1, almost never at 4."""
+    """First-turn hobby instructions in dialogues: obeyed at reply 1, almost never at 4."""
     obeyed = {1: [], 2: [], 4: []}
     for seed in range(4000):
         messages = world.dialogue(rng(seed), turns=5)
