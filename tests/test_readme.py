@@ -1,0 +1,53 @@
+"""The README's numbers are those of the committed results, and its links lead somewhere."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from steerkit.results import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FIGURES = ROOT / "figures" / "cpu"
+
+
+def claim(notebook: str, name: str) -> dict:
+    return json.loads((FIGURES / notebook / f"{name}.claim.json").read_text())
+
+
+def row(notebook: str) -> str:
+    """The README's table row of one notebook."""
+    return next(line for line in README.splitlines() if line.startswith(f"| [{notebook}]"))
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)\)", README))))
+def test_every_relative_link_leads_to_a_file(target: str) -> None:
+    assert (ROOT / target).exists()
+
+
+@pytest.mark.parametrize("notebook", sorted(p.stem for p in (ROOT / "notebooks").glob("*.ipynb")))
+def test_every_notebook_has_a_row_with_its_measured_time(notebook: str) -> None:
+    seconds = json.loads((FIGURES / notebook / "run.json").read_text())["seconds"]
+    assert f"| {round(seconds)} s |" in row(notebook)
+
+
+def test_forgetting_is_the_measured_one() -> None:
+    ours = claim("00_start_here", "forgetting")["ours"]
+    assert f"replies 1 / 3: {ours['reply 1']:.0%} / {ours['reply 3']:.0%}" in row("00_start_here")
+
+
+def test_streaming_losses_are_the_measured_ones() -> None:
+    for stream in ("English", "market"):
+        for setting in ("dense", "window", "re-computation"):
+            (nats,) = claim("04_streaming_llm", f"{stream}_{setting}")["ours"].values()
+            assert f"{setting} {nats:+.2f}" in row("04_streaming_llm")
+
+
+def test_every_claim_that_does_not_hold_is_named() -> None:
+    failed = [
+        json.loads(path.read_text())["claim"]
+        for path in sorted(Path(FIGURES).glob("*/*.claim.json"))
+        if not json.loads(path.read_text())["holds"]
+    ]
+    assert [text for text in failed if text not in README] == []
