@@ -42,6 +42,10 @@ def chat_gates(found: dict[str, Any]) -> list[Gate]:
     """What the chat model must do before any experiment, and the forgetting it must show."""
     rows = [_at_least("memorised facts, word for word", found["facts"], 0.95)]
     rows.append(_at_least("values read about unknown people", found["reading"], 0.90))
+    rows += [
+        _at_least(f"- of these, {key}", found[f"reading, {key}"], 0.90)
+        for key in ("no rival", "a rival")
+    ]
     rows += [_at_least(f"obeys {f}, same message", found[f"obeys {f}"], 0.95) for f in FAMILIES]
     rows.append(_at_least("obeys held-out pairs", found["obeys held-out pairs"], 0.95))
     worst = min(found["repeated, by turn"])
@@ -115,6 +119,9 @@ It knows nothing but its tiny world, and is made for experiments on attention al
 def _forgetting(found: dict[str, Any]) -> str:
     decay = ", ".join(f"{p:.2f}" for p in PERSISTENCE)
     return f"""Held-out pairs: {", ".join(pair_names())}.
+
+A rival is another person in the text with the attribute that is asked for: then only the name can
+tell which value is right, and a guess is right half of the time.
 
 **It forgets because it was taught to.** In the training text an instruction is obeyed with
 probability {decay} at 0, 1, 2, 3, 4 and more replies after it was given. That is a starting point

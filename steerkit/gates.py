@@ -28,6 +28,7 @@ from steerkit.world import (
     known_people,
     market,
     repeat_question,
+    say,
 )
 
 Model = PreTrainedModel
@@ -46,10 +47,17 @@ def facts(model: Model, tokenizer: Tokenizer) -> Tensor:
     return _right(model, tokenizer, questions)
 
 
-def reading(model: Model, tokenizer: Tokenizer, *, n: int = 256) -> Tensor:
-    """Values read from biographies of people who are not in the training data: (n,) of 0/1."""
+def reading(model: Model, tokenizer: Tokenizer, *, n: int = 256) -> tuple[Tensor, Tensor]:
+    """Values read from biographies of people who are not in the training data: (n,) of 0/1.
+
+    Also (n,) boolean: does a rival, another person with that attribute, stand in the text? Then
+    the name alone decides, and a guess is right half of the time.
+    """
     rng = random.Random("reading")
-    return _right(model, tokenizer, [biography_question(rng, held_out=True) for _ in range(n)])
+    questions = [biography_question(rng, held_out=True) for _ in range(n)]
+    verbs = [say("", q.attribute, "").strip(" .") for q in questions]
+    rival = [q.text.count(f" {verb} ") > 1 for q, verb in zip(questions, verbs, strict=True)]
+    return _right(model, tokenizer, questions), torch.tensor(rival)
 
 
 def _right(model: Model, tokenizer: Tokenizer, questions: Sequence[Question]) -> Tensor:
@@ -233,8 +241,10 @@ def measure_chat(model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
     """All gates of a chat model: name -> mean with 95 % interval and n, or a row by turn."""
     found: dict[str, Any] = {
         "facts": _summary(facts(model, tokenizer)),
-        "reading": _summary(reading(model, tokenizer)),
     }
+    right, rival = reading(model, tokenizer)
+    found |= {"reading": _summary(right), "reading, no rival": _summary(right[~rival])}
+    found |= {"reading, a rival": _summary(right[rival])}
     for family in FAMILIES:
         found[f"obeys {family}"] = _summary(obeying(model, tokenizer, family)[0])
     found["obeys held-out pairs"] = _summary(obeying(model, tokenizer, None)[0])

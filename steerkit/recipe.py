@@ -1,6 +1,5 @@
 """How the embedded models are made: tokenizer, configurations, training."""
 
-import json
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -15,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steerkit.constraints import TABLES
 from steerkit.models import resolve_device
-from steerkit.results import write_text
 from steerkit.training import Batches, fit
 from steerkit.world import chatter, documents, english, market_words
 
@@ -130,22 +128,6 @@ def chat_batches(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> B
     return make
 
 
-def rival_batches(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> Batches:
-    """ids (B, T) by step: the late documents, a third of them about people easily confused.
-
-    After the first stage most wrong answers took the other person's value; every fourth batch is
-    long, so that twenty exchanges are not forgotten.
-    """
-
-    def make(step: int) -> Tensor:
-        rng = random.Random(f"{seed}-rivals-{step}")
-        length = 1024 if step % 4 == 0 else 256
-        texts = documents(rng, late=True, long=length == 1024, english_share=0.15, rival_share=0.35)
-        return torch.tensor([crop(tokenizer, rng, length, texts) for _ in range(4096 // length)])
-
-    return make
-
-
 def stream_batches(tokenizer: PreTrainedTokenizerFast, _: int, seed: int) -> Batches:
     """ids (64, 64) by step: crops of English and of the market."""
 
@@ -171,24 +153,17 @@ def crop(
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A part of a training: its text by step (4,096 tokens each), the optimizer's schedule."""
+class Recipe:
+    """One embedded model: its shape, its language, and how it is trained (4,096 tokens a step)."""
 
+    config: LlamaConfig
+    tokenizer: Callable[[], PreTrainedTokenizerFast]
     batches: Callable[[PreTrainedTokenizerFast, int, int], Batches]  # (tokenizer, steps, seed)
+    length: int  # tokens of most training sequences
     steps: int
     lr: float
     warmup: int
     decay: float
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One embedded model: its shape, its language, and how it is trained."""
-
-    config: LlamaConfig
-    tokenizer: Callable[[], PreTrainedTokenizerFast]
-    length: int  # tokens of most training sequences
-    stages: tuple[Stage, ...]
 
 
 RECIPES = {
@@ -204,11 +179,12 @@ RECIPES = {
             max_position_embeddings=1024,
         ),
         chat_tokenizer,
+        chat_batches,
         length=256,
-        stages=(
-            Stage(chat_batches, steps=4000, lr=2e-3, warmup=200, decay=0.3),
-            Stage(rival_batches, steps=800, lr=2e-3, warmup=50, decay=0.6),
-        ),
+        steps=4000,
+        lr=2e-3,
+        warmup=200,
+        decay=0.3,
     ),
     # One layer: nothing before it could gate the copying head, so an idle head needs a sink.
     "tiny-stream": Recipe(
@@ -222,8 +198,12 @@ RECIPES = {
             max_position_embeddings=64,
         ),
         stream_tokenizer,
+        stream_batches,
         length=64,
-        stages=(Stage(stream_batches, steps=8000, lr=2e-2, warmup=100, decay=0.1),),
+        steps=8000,
+        lr=2e-2,
+        warmup=100,
+        decay=0.1,
     ),
 }
 
@@ -231,33 +211,27 @@ RECIPES = {
 def train(
     name: str, out: Path, *, tokens: int | None = None, seed: int = 0, device: str = "auto"
 ) -> None:
-    """Train the embedded model `name` into `out` (resumes there); `tokens` scales all stages.
+    """Train the embedded model `name` into `out` (resumes there); `tokens` overrides the recipe's.
 
-    The shipped models have seed 0, `tiny-stream-1` and `tiny-stream-2` the seeds 1 and 2. Wide
-    models are computed in bf16; checkpoints are stored in it.
+    The shipped models have seed 0. Wide models are computed in bf16; checkpoints are stored in it.
     """
     recipe = RECIPES[name]
-    scale = 1.0 if tokens is None else tokens / (4096 * sum(s.steps for s in recipe.stages))
-    if scale * min(s.steps for s in recipe.stages) < 1:
-        raise ValueError(f"tokens={tokens}: expected at least one batch of 4,096 in each stage")
-    tokenizer, log = recipe.tokenizer(), []
+    steps = recipe.steps if tokens is None else tokens // 4096
+    if steps < 1:
+        raise ValueError(f"tokens={tokens}: expected at least one batch of 4,096")
+    tokenizer = recipe.tokenizer()
     model = build_model(recipe.config, seed).to(resolve_device(device))
-    for number, stage in enumerate(recipe.stages):
-        steps = round(stage.steps * scale)
-        rows = fit(
-            model,
-            stage.batches(tokenizer, steps, seed),
-            steps=steps,
-            lr=stage.lr,
-            warmup=stage.warmup,
-            decay=stage.decay,
-            out=out / f"stage-{number}",
-            every=250,
-            log_every=25,
-            bf16=recipe.config.hidden_size > 64,  # slower than float32 in small matrices
-        )
-        before = log[-1]["tokens"] if log else 0
-        log += [{"stage": number, **row, "tokens": before + row["tokens"]} for row in rows]
-    write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+    fit(
+        model,
+        recipe.batches(tokenizer, steps, seed),
+        steps=steps,
+        lr=recipe.lr,
+        warmup=recipe.warmup,
+        decay=recipe.decay,
+        out=out,
+        every=250,
+        log_every=25,
+        bf16=recipe.config.hidden_size > 64,  # slower than float32 in small matrices
+    )
     tokenizer.save_pretrained(out)
     model.to(torch.bfloat16).save_pretrained(out)

@@ -152,17 +152,6 @@ def biography_question(rng: random.Random, *, held_out: bool = False) -> Questio
     )
 
 
-def rival_question(rng: random.Random) -> Question:
-    """A biography of two strangers who have the same attributes: only the name tells them apart."""
-    people, attributes = [stranger(rng), stranger(rng)], rng.sample(ATTRIBUTES, 2)
-    pairs = [(p, a) for p in people for a in attributes]
-    rng.shuffle(pairs)
-    who, attribute = rng.choice(pairs)
-    text = " ".join(say(p.name, a, p.facts[a]) for p, a in pairs)
-    text = f"{text} {ask(rng, who.name, attribute)}"
-    return Question(text, who.name, attribute, who.facts[attribute])
-
-
 def repeat_question(rng: random.Random) -> Question:
     """A sentence about her or him, to be said again."""
     who, attribute = stranger(rng), rng.choice(ATTRIBUTES)
@@ -269,19 +258,6 @@ def memory(rng: random.Random, *, turns: int) -> list[Message]:
     return messages
 
 
-def rivals(rng: random.Random, *, turns: int) -> list[Message]:
-    """Plain questions about strangers who are easily confused."""
-    questions = [rival_question(rng) for _ in range(turns)]
-    return [
-        message
-        for q in questions
-        for message in (
-            Message("user", q.text),
-            Message("assistant", answer(q.subject, q.attribute, q.value)),
-        )
-    ]
-
-
 @cache
 def _chain() -> tuple[tuple[str, ...], dict[str, tuple[float, ...]]]:
     """The words of the market and, for each, the cumulative chances of the word after it."""
@@ -345,7 +321,6 @@ def documents(
     late: bool = False,
     long: bool = False,
     english_share: float = 0.2,
-    rival_share: float = 0.0,
 ) -> Iterator[str]:
     """Endless documents of the chat model: a share of English, dialogues, instructions in conflict.
 
@@ -361,8 +336,6 @@ def documents(
             yield render(conflict(rng))
         elif kind < english_share + 0.04 + remember:
             yield render(memory(rng, turns=rng.randint(10, 40) if long else rng.randint(3, 12)))
-        elif kind < english_share + 0.04 + remember + rival_share:
-            yield render(rivals(rng, turns=rng.randint(8, 12) if long else rng.randint(1, 4)))
         else:
             turns = rng.randint(8, 20) if long else rng.randint(1, 6)
             yield render(dialogue(rng, turns=turns, late=late))
