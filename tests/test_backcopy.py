@@ -1,0 +1,243 @@
+"""Bigram-Backcopy: the task's rules, the readings, and what the shipped runs promise."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from steerkit import attention_weights, backcopy, recomputed_losses, token_losses
+from steerkit.backcopy import CACHE, RUNS, Recipe
+from steerkit.results import data_file
+from steerkit.training import next_token_loss
+
+RECIPE = Recipe()
+SMALL = Recipe(tokens=16, triggers=2, width=8, inner=8, steps=4)
+SEEDS = (0, 1, 2)
+
+
+# The task
+
+
+def test_after_a_trigger_comes_the_token_before_it_and_else_one_the_chain_allows() -> None:
+    ids = backcopy.sample(RECIPE, 256, 60, seed=5)
+    for before, now, following in zip(ids.T, ids.T[1:], ids.T[2:], strict=False):
+        trigger = now < RECIPE.triggers
+        assert torch.equal(following[trigger], before[trigger])
+        assert (backcopy.chain(RECIPE)[now, following][~trigger] > 0).all()
+
+
+def test_triggers_never_meet_and_are_as_frequent_as_the_recipe_says() -> None:
+    trigger = backcopy.is_trigger(RECIPE, backcopy.sample(RECIPE, 64, 500, seed=6))
+    assert not (trigger[:, 1:] & trigger[:, :-1]).any()
+    # An idle token is followed by a trigger with probability f, a trigger never: f / (1 + f).
+    assert abs(trigger.float().mean() - RECIPE.often / (1 + RECIPE.often)) < 0.01
+    rows = backcopy.chain(RECIPE)
+    assert torch.allclose(rows[:, : RECIPE.triggers].sum(-1), torch.tensor(0.25).double())
+    assert torch.allclose(rows.sum(-1), torch.ones(1).double())
+
+
+def test_best_losses_are_those_of_the_true_probabilities() -> None:
+    ids = backcopy.held_out(RECIPE, 8, 300)[:, 2:]
+    losses = backcopy.best_losses(RECIPE, ids)
+    for b, t in [(0, 5), (3, 17), (7, 250)]:
+        p = backcopy.chain(RECIPE)[ids[b, t], ids[b, t + 1]]
+        known = ids[b, t] < RECIPE.triggers
+        assert losses[b, t].item() == pytest.approx(0 if known else -p.log().item(), rel=1e-5)
+    rows = backcopy.chain(RECIPE)
+    entropy = torch.special.entr(rows).sum(-1)[ids[:, :-1]]
+    expected = entropy.where(~backcopy.is_trigger(RECIPE, ids[:, :-1]), 0.0).mean()
+    assert losses.mean().item() == pytest.approx(expected.item(), abs=0.1)
+
+
+@pytest.mark.parametrize("arm", backcopy.ARMS)
+def test_arms_differ_in_the_first_token_and_share_the_crop_behind_it(arm: str) -> None:
+    recipe = replace(RECIPE, arm=arm)
+    ids, first = backcopy.sequences(recipe, 5, 20, seed=1), backcopy.first_token(recipe)
+    plain = backcopy.sample(recipe, 5, 20 if first is None else 19, seed=1)
+    assert ids.shape == (5, 20) and torch.equal(ids[:, -plain.shape[1] :], plain)
+    if arm in ("vanilla", "zero sink"):
+        assert first is None
+    else:
+        assert (ids[:, 0] == first).all() and first >= recipe.triggers
+        # A learnable sink token occurs nowhere else, a common first token does.
+        assert (first in backcopy.sample(recipe, 50, 500, seed=2)) == (arm == "common first token")
+
+
+def test_batches_depend_on_step_and_seed_alone_and_no_stream_is_held_in() -> None:
+    one, again, other = (backcopy.batches(replace(RECIPE, seed=s)) for s in (0, 0, 1))
+    assert torch.equal(one(7), again(7)) and one(7).shape == (64, CACHE + 2)
+    assert not torch.equal(one(7), one(8)) and not torch.equal(one(7), other(7))
+    held = backcopy.held_out(RECIPE, 64, CACHE + 2)
+    assert not any(torch.equal(held, one(step)) for step in range(5))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"arm": "magic"}, "arm='magic'"), ({"triggers": 0}, "triggers=0"), ({"tokens": 9}, "tokens")],
+)
+def test_a_wrong_recipe_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(RECIPE, **change)
+
+
+# The model and its readings
+
+
+def test_a_new_model_depends_on_its_seed_and_leaves_the_global_generator_alone() -> None:
+    state = torch.random.get_rng_state()
+    one, again, other = (backcopy.new_model(replace(SMALL, seed=s)) for s in (0, 0, 1))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    ids = backcopy.held_out(SMALL, 2, 20)
+    assert torch.equal(one(ids).logits, again(ids).logits)
+    assert not torch.equal(one(ids).logits, other(ids).logits)
+
+
+def test_looks_are_read_off_the_attention_weights() -> None:
+    model, recipe = backcopy.load_run("learnable sink", 1)
+    ids = backcopy.held_out(recipe, 3, 40)
+    seen = backcopy.looks(model, ids)
+    for b in range(3):
+        w = attention_weights(model, ids[b : b + 1])[0, 0]  # (T, T)
+        assert torch.allclose(seen.first[b], w[:, 0]) and torch.allclose(seen.itself[b], w.diag())
+        keys = torch.special.entr(w).sum(-1).exp()
+        assert torch.allclose(seen.keys[b], keys, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["learnable sink", "vanilla", "capacity to spare"])
+def test_in_one_layer_window_is_recomputation_and_streaming_is_recomputation_behind_the_sink(
+    name: str,
+) -> None:
+    model, recipe = backcopy.load_run(name)
+    ids = backcopy.held_out(recipe, 1, 200)
+    at = torch.arange(CACHE, 199)
+    window = token_losses(model, ids, sinks=0, window=CACHE)[0, at]
+    fresh = recomputed_losses(model, ids, length=CACHE + 1, positions=at)[0]
+    assert torch.allclose(window, fresh, atol=1e-3)
+    streaming = token_losses(model, ids, sinks=1, window=CACHE - 1)[0, at]
+    windows = ids[0, 1:].unfold(0, CACHE + 1, 1)[at - CACHE]
+    behind = torch.cat([ids[:, :1].expand(len(windows), 1), windows], 1)
+    assert torch.allclose(streaming, token_losses(model, behind)[:, -1], atol=1e-3)
+    assert name == "vanilla" or not torch.equal(streaming, window)
+
+
+def test_cache_losses_keep_the_total_and_leave_the_beginning_out() -> None:
+    model, recipe = backcopy.load_run("learnable sink")
+    ids = backcopy.held_out(recipe, 2, 200)
+    losses = backcopy.cache_losses(model, ids, (0, 2))
+    expected = token_losses(model, ids, sinks=2, window=62)[:, 128:].mean(-1)
+    assert losses.shape == (2, 2) and torch.allclose(losses[1], expected)
+
+
+def test_measure_splits_its_losses_by_the_token_that_predicts() -> None:
+    model, recipe = backcopy.load_run("40 triggers")
+    ids = backcopy.held_out(recipe, 4, 320)
+    found = backcopy.measure(model, recipe, ids)
+    losses = token_losses(model, ids, sinks=1, window=CACHE - 1)[:, 128:]
+    share = (ids[:, 128:-1] < 40).float().mean().item()
+    best = backcopy.best_losses(recipe, ids)[:, 128:].mean().item()
+    parts = share * found["after triggers"] + (1 - share) * found["idle, above best"]
+    assert parts == pytest.approx(losses.mean().item() - best, abs=1e-4)
+    assert found["after triggers"] < 1.5 and found["streaming"] == losses.mean().item()
+
+
+# The shipped runs
+
+
+@pytest.fixture(scope="module")
+def gaps() -> dict[str, list[float]]:
+    """window - streaming in nats, by run and seed, on four short streams."""
+    found: dict[str, list[float]] = {}
+    for name in RUNS:
+        for seed in SEEDS:
+            model, recipe = backcopy.load_run(name, seed)
+            with backcopy.architecture(recipe, model):
+                ids = backcopy.held_out(recipe, 4, 320)
+                window, streaming = backcopy.cache_losses(model, ids, (0, 1)).mean(-1).tolist()
+            found.setdefault(name, []).append(window - streaming)
+    return found
+
+
+def test_every_seed_with_a_first_token_leans_on_it(gaps: dict[str, list[float]]) -> None:
+    assert min(gaps["learnable sink"] + gaps["common first token"] + gaps["slow"]) >= 0.3
+
+
+def test_no_seed_leans_on_it_without_need(gaps: dict[str, list[float]]) -> None:
+    names = ("vanilla", "zero sink", "capacity to spare", "40 triggers")
+    assert max(abs(gap) for name in names for gap in gaps[name]) < 0.05
+
+
+def test_the_zero_sink_is_part_of_its_model() -> None:
+    model, recipe = backcopy.load_run("zero sink")
+    ids = backcopy.held_out(recipe, 4, 65)
+    without = token_losses(model, ids).mean()
+    with backcopy.architecture(recipe, model):
+        assert token_losses(model, ids).mean() < without - 0.3
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_shipped_log_is_the_shipped_models(name: str) -> None:
+    model, recipe = backcopy.load_run(name, 2)
+    folder = data_file("backcopy") / backcopy.folder_name(name, 2)
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(50, recipe.steps + 1, 50))
+    batch = backcopy.batches(recipe)
+    with backcopy.architecture(recipe, model), torch.no_grad():
+        losses = [next_token_loss(model, batch(step)).item() for step in range(596, 600)]
+    assert sum(losses) / 4 == pytest.approx(rows[-1]["loss"], abs=0.15)
+
+
+def test_the_shipped_runs_are_small() -> None:
+    files = [f for f in data_file("backcopy").rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 3_000_000
+    assert {f.name.partition("-")[0] for f in files} == {"log.jsonl", "step"}
+
+
+def test_load_run_says_what_is_missing() -> None:
+    with pytest.raises(ValueError, match="run 'vanila': expected one of vanilla"):
+        backcopy.load_run("vanila")
+    with pytest.raises(FileNotFoundError, match=r"has no step 77.*backcopy train"):
+        backcopy.load_run("learnable sink", step=77)
+
+
+# Training
+
+
+def test_the_command_trains_each_run_once_and_keeps_what_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backcopy, "RUNS", {"learnable sink": SMALL})
+    monkeypatch.setattr(backcopy, "SNAPSHOTS", (2,))
+    backcopy.main(["train", "--out", str(tmp_path), "--runs", "learnable sink", "--seeds", "0"])
+    folder = tmp_path / "learnable_sink-seed0"
+    names = {f.name: f.stat().st_mtime_ns for f in folder.iterdir()}
+    assert set(names) == {"log.jsonl", "step-2.safetensors", "step-4.safetensors"}
+    backcopy.main(["train", "--out", str(tmp_path), "--runs", "learnable sink", "--seeds", "0"])
+    assert {f.name: f.stat().st_mtime_ns for f in folder.iterdir()} == names
+    model, recipe = backcopy.load_run("learnable sink", folder=tmp_path)
+    assert (
+        recipe == SMALL and token_losses(model, backcopy.held_out(recipe, 2, 20)).isfinite().all()
+    )
+
+
+def test_grow_is_live_first_and_shipped_later() -> None:
+    ids = backcopy.held_out(RECIPE, 2, 160)
+    rows = backcopy.grow(RECIPE, ids, live=2, steps=(0, 2, 600))
+    assert [(row["seed"], row["step"]) for row in rows] == [(0, 0), (0, 2), (0, 600)]
+    fresh = backcopy.measure(backcopy.new_model(RECIPE), RECIPE, ids)
+    model, recipe = backcopy.load_run("learnable sink")
+    stored = backcopy.measure(model, recipe, ids)
+    assert rows[0] == {"seed": 0, "step": 0, **fresh} and rows[2] == {
+        "seed": 0,
+        "step": 600,
+        **stored,
+    }
+    assert rows[1]["dense"] != rows[0]["dense"]
+
+
+def test_a_live_training_is_the_shipped_one() -> None:
+    """The notebook trains what data/backcopy holds: equal after fifty steps, but for rounding."""
+    ids = backcopy.held_out(RECIPE, 4, 200)
+    live, stored = (backcopy.grow(RECIPE, ids, live=steps, steps=(50,))[0] for steps in (50, 1))
+    assert live["streaming"] == pytest.approx(stored["streaming"], abs=0.05)
