@@ -19,7 +19,9 @@ from steerkit.rotary import rope_kinds
 from steerkit.sink_cache import SinkCache
 from steerkit.timing import last_only
 
-_SHOW_AFTER = 2.0  # seconds before a progress bar appears
+# Seconds before a progress bar appears, and between redraws: in a notebook each one is several
+# messages, and a client that reads them after the cell loses what goes beyond a thousand.
+_BAR = {"delay": 2.0, "mininterval": 1.0, "leave": False}
 _BATCH_TOKENS = 8192  # tokens per forward of re-computation
 
 
@@ -77,7 +79,7 @@ def _scores(
     else:
         cache = SinkCache(model, sinks=sinks, window=window)
     out = torch.empty(ids.shape[0], T - 1)
-    bar = tqdm(total=T - 1, unit=" tokens", unit_scale=True, delay=_SHOW_AFTER, leave=False)
+    bar = tqdm(total=T - 1, unit=" tokens", unit_scale=True, **_BAR)
     with install(model) if streams else nullcontext(), bar:
         for start in range(0, T - 1, block):
             piece = ids[:, start : start + block + 1].to(model.device)
@@ -143,7 +145,7 @@ def _window_losses(
     keep = last_only(model)
     losses = torch.empty(B * P)
     offsets = torch.arange(1 - length, 1)
-    with tqdm(total=B * P, unit=" windows", delay=_SHOW_AFTER, leave=False) as bar:
+    with tqdm(total=B * P, unit=" windows", **_BAR) as bar:
         for start in range(0, B * P, batch):
             row, last = rows[start : start + batch], lasts[start : start + batch]
             windows = ids[row[:, None], last[:, None] + offsets]

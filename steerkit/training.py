@@ -52,7 +52,8 @@ def fit(
     device, losses, since = next(model.parameters()).device, [], time.perf_counter()
     tokens = log[-1]["tokens"] if log else 0
     model.train()
-    for step in tqdm(range(start, steps), initial=start, total=steps, disable=not progress):
+    shown = range(start, steps)
+    for step in tqdm(shown, initial=start, total=steps, mininterval=1.0, disable=not progress):
         for group in optimizer.param_groups:
             group["lr"] = lr * schedule(step, steps=steps, warmup=warmup, decay=decay)
         ids = batches(step).to(device)
