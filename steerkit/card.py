@@ -118,7 +118,9 @@ It knows nothing but its tiny world, and is made for experiments on attention al
 
 def _forgetting(found: dict[str, Any]) -> str:
     decay = ", ".join(f"{p:.2f}" for p in PERSISTENCE)
-    return f"""Held-out pairs: {", ".join(pair_names())}.
+    return f"""Held-out pairs: {", ".join(pair_names())}. Four were held out at
+first; capitals + figure and json + hobby were obeyed 0 times in 32 halfway through, and moved into
+the training (`late_pairs`).
 
 A rival is another person in the text with the attribute that is asked for: then only the name can
 tell which value is right, and a guess is right half of the time.
