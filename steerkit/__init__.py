@@ -11,6 +11,7 @@ from steerkit.attention import (
     value_norms,
 )
 from steerkit.chat import Message, play, reply
+from steerkit.emphasis import Head, emphasise
 from steerkit.models import load
 from steerkit.results import bootstrap, figures_dir, paper_result, save_claim
 from steerkit.sink_cache import SinkCache
@@ -19,12 +20,14 @@ from steerkit.streaming import recomputed_losses, stream_chat, token_hits, token
 
 __all__ = [
     "Fact",
+    "Head",
     "Message",
     "SinkCache",
     "accuracy_by_distance",
     "attach",
     "attention_weights",
     "bootstrap",
+    "emphasise",
     "eval_hits",
     "eval_stream",
     "figures_dir",
