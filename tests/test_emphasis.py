@@ -76,10 +76,8 @@ def test_prefill_and_decode_equal_literal_reweighting(name: str) -> None:
         plain = model.generate(ids, **new)
         padded = model(ids, attention_mask=padding).logits
         padded[1, :5] = 0
-        return [model(ids).logits, padded, made.sequences, torch.stack(made.logits)] + [
-            plain.sequences,
-            torch.stack(plain.logits),
-        ]
+        logits = [torch.stack(made.logits), torch.stack(plain.logits)]
+        return [model(ids).logits, padded, made.sequences, plain.sequences, *logits]
 
     plain = run()
     with attach(model, literal(HEADS, factor_of(spans, 40, 0.01))):
