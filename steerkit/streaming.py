@@ -10,18 +10,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from steerkit.attention import install
+from steerkit.progress import progress
 from steerkit.rotary import rope_kinds
 from steerkit.sink_cache import SinkCache
 from steerkit.timing import last_only
 
-# Seconds before a progress bar appears, and between redraws: in a notebook each one is several
-# messages, and a client that reads them after the cell loses what goes beyond a thousand.
-_BAR = {"delay": 2.0, "mininterval": 1.0, "leave": False}
 _BATCH_TOKENS = 8192  # tokens per forward of re-computation
 
 
@@ -79,13 +76,13 @@ def _scores(
     else:
         cache = SinkCache(model, sinks=sinks, window=window)
     out = torch.empty(ids.shape[0], T - 1)
-    bar = tqdm(total=T - 1, unit=" tokens", unit_scale=True, **_BAR)
-    with install(model) if streams else nullcontext(), bar:
+    door = install(model) if streams else nullcontext()
+    with door, progress(T - 1, unit="tokens") as update:
         for start in range(0, T - 1, block):
             piece = ids[:, start : start + block + 1].to(model.device)
             logits = model(input_ids=piece[:, :-1], past_key_values=cache, use_cache=True).logits
             out[:, start : start + block] = score(logits, piece[:, 1:])
-            bar.update(piece.shape[1] - 1)
+            update(piece.shape[1] - 1)
     return out
 
 
@@ -145,7 +142,7 @@ def _window_losses(
     keep = last_only(model)
     losses = torch.empty(B * P)
     offsets = torch.arange(1 - length, 1)
-    with tqdm(total=B * P, unit=" windows", **_BAR) as bar:
+    with progress(B * P, unit="windows") as update:
         for start in range(0, B * P, batch):
             row, last = rows[start : start + batch], lasts[start : start + batch]
             windows = ids[row[:, None], last[:, None] + offsets]
@@ -153,7 +150,7 @@ def _window_losses(
             logits = model(input_ids=windows, use_cache=False, **keep).logits[:, -1:]
             target = ids[row, last + 1].to(model.device)[:, None]
             losses[start : start + batch] = next_token_loss(logits, target)[:, 0]
-            bar.update(len(row))
+            update(len(row))
     return losses.view(B, P)
 
 
