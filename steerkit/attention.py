@@ -8,9 +8,10 @@ positions, D head size, T tokens.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +24,10 @@ from transformers.masking_utils import sdpa_mask
 DOOR = "steerkit"
 _EDIT = "_steerkit_edit"
 _ZERO_SINK = "_steerkit_zero_sink"
-# Rows of weights are materialised in chunks of at most this many numbers (64 MB in float32).
-_CHUNK_NUMBERS = 2**24
+_WATCH = "_steerkit_watch"
+# Rows of weights are materialised in chunks of at most this many numbers: 4 MB, which stay in a
+# core's cache (64 MB took twice the time); 16 times as many elsewhere, where launches cost more.
+_CHUNK_NUMBERS = 2**20
 
 
 @dataclass
@@ -49,7 +52,12 @@ class Call:
         return _ZERO_SINK in self.module.__dict__
 
     def attend(self) -> Tensor:
-        """The layer's own attention over what the call holds now -> (B,Q,H,D)."""
+        """The layer's own attention over what the call holds now -> (B,Q,H,D).
+
+        A recorder looks on here, so it sees the weights that an edit made.
+        """
+        if (watch := self.module.__dict__.get(_WATCH)) is not None:
+            watch(self)
         if not self.zero_sink:
             return self._sdpa(self.query, self.key, self.value, self.mask)
         # One zero key with a zero value. A zero *query* in front keeps the causal diagonal in
@@ -69,6 +77,8 @@ class Call:
 
 Edit = Callable[[Call], Tensor]
 """An edit may read or change the call, and returns (B,Q,H,D), usually `call.attend()`."""
+Watch = Callable[[Call], None]
+"""A watch reads the call that is about to be attended, edits included, and changes nothing."""
 
 
 def _seen(mask: Tensor) -> bool | float:
@@ -88,7 +98,7 @@ def _door(
             f"{type(module).__name__} has learned sinks (s_aux), which SDPA would drop silently"
         )
     state = module.__dict__
-    if _EDIT not in state and _ZERO_SINK not in state:
+    if _EDIT not in state and _ZERO_SINK not in state and _WATCH not in state:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scaling = options.pop("scaling", None) or query.shape[-1] ** -0.5
     call = Call(module, query, key, value, attention_mask, scaling, options)
@@ -227,23 +237,58 @@ class Rows(NamedTuple):
     weights: Tensor
 
 
-def record_rows(model: PreTrainedModel, ids: Tensor, reduce: Callable[[Rows], None]) -> None:
-    """One forward over `ids` (B,T); `reduce` sees every layer's weights, a chunk of rows at a time.
+def record_rows(
+    model: PreTrainedModel,
+    ids: Tensor,
+    reduce: Callable[[Rows], None],
+    *,
+    layers: Collection[int] | None = None,
+    edges: Sequence[int] | None = None,
+) -> None:
+    """One forward over `ids` (B,T); `reduce` sees the layers' weights, a chunk of rows at a time.
 
-    The output of the model is untouched, and never more than one chunk of weights is held.
+    `layers` (default all): whose weights are made. `edges`: a chunk is the rows from one to the
+    next, instead of as many as fit. The model's output is untouched, and one chunk is held at a
+    time. What is attached stays in force: inside `emphasise` the weights are the steered ones.
     """
 
-    def recorder(layer: int) -> Edit:
-        def edit(call: Call) -> Tensor:
-            for start, weights in _weight_chunks(call):
-                reduce(Rows(layer, start, weights))
-            return call.attend()
+    def watch(layer: int, call: Call) -> None:
+        if layers is not None and layer not in layers:
+            return
+        for start, weights in _weight_chunks(call, edges):
+            reduce(Rows(layer, start, weights))
 
-        return edit
+    watch_forward(model, ids, watch)
 
-    layers = model.config.get_text_config().num_hidden_layers
-    with attach(model, {layer: recorder(layer) for layer in range(layers)}), torch.no_grad():
-        _base(model)(input_ids=_checked(ids).to(model.device), use_cache=False)
+
+def watch_forward(model: PreTrainedModel, ids: Tensor, watch: Callable[[int, Call], None]) -> None:
+    """One forward over `ids` (B,T): `watch(layer, call)` sees what each layer attends to.
+
+    Layers are counted as they come: nothing is probed, so edits that know their prompt may stay.
+    Raises ValueError for a model, or an edit, whose attention would be left out silently.
+    """
+    layers, seen = model.config.get_text_config().num_hidden_layers, count()
+
+    def number(call: Call) -> None:
+        if (layer := next(seen)) < layers:
+            watch(layer, call)
+
+    everywhere = list(model.modules())
+    if any(_WATCH in module.__dict__ for module in everywhere):
+        raise ValueError("this model is being recorded already: let that recording end first")
+    with install(model), torch.no_grad():
+        try:
+            for module in everywhere:
+                module.__dict__[_WATCH] = number
+            _base(model)(input_ids=_checked(ids).to(model.device), use_cache=False)
+        finally:
+            for module in everywhere:
+                module.__dict__.pop(_WATCH, None)
+    if (calls := next(seen)) != layers:
+        raise ValueError(
+            f"{type(model).__name__}: {calls} attention calls of {layers} layers could be "
+            "recorded; use softmax attention throughout, and edits that call `call.attend()` once"
+        )
 
 
 def _base(model: PreTrainedModel) -> nn.Module:
@@ -259,14 +304,15 @@ def _checked(ids: Tensor) -> Tensor:
     return ids
 
 
-def _weight_chunks(call: Call) -> Iterator[tuple[int, Tensor]]:
+def _weight_chunks(call: Call, edges: Sequence[int] | None = None) -> Iterator[tuple[int, Tensor]]:
     """(first row, weights (B,H,q,K) in float32) for successive chunks of query rows."""
     B, H, Q, _ = call.query.shape
     K = call.key.shape[2]
     key = call.key.repeat_interleave(H // call.key.shape[1], dim=1)  # (B,Hkv,K,D) -> (B,H,K,D)
-    step = max(1, _CHUNK_NUMBERS // (B * H * K))
-    for start in range(0, Q, step):
-        rows = slice(start, min(start + step, Q))
+    numbers = _CHUNK_NUMBERS * (1 if key.device.type == "cpu" else 16)
+    edges = edges or [*range(0, Q, max(1, numbers // (B * H * K))), Q]
+    for start, stop in pairwise(edges):
+        rows = slice(start, stop)
         scores = (call.query[:, :, rows] @ key.mT).float() * call.scaling
         yield (
             start,
@@ -359,16 +405,10 @@ def sink_metric(
 
 def value_norms(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Euclidean norm of each value vector: ids (B,T) -> (L,Hkv,T), mean over the batch."""
-    norms: dict[int, Tensor] = {}
+    norms: list[Tensor] = []
 
-    def recorder(layer: int) -> Edit:
-        def edit(call: Call) -> Tensor:
-            norms[layer] = call.value.float().norm(dim=-1).mean(0).cpu()  # (B,Hkv,T,D) -> (Hkv,T)
-            return call.attend()
+    def watch(_: int, call: Call) -> None:
+        norms.append(call.value.float().norm(dim=-1).mean(0).cpu())  # (B,Hkv,T,D) -> (Hkv,T)
 
-        return edit
-
-    layers = range(model.config.get_text_config().num_hidden_layers)
-    with attach(model, {layer: recorder(layer) for layer in layers}), torch.no_grad():
-        _base(model)(input_ids=_checked(ids).to(model.device), use_cache=False)
-    return torch.stack([norms[layer] for layer in layers])
+    watch_forward(model, ids, watch)
+    return torch.stack(norms)
