@@ -193,6 +193,12 @@ class _Prompt:
                 f"a span ends at token {T}, past the end of a prompt of {fed} tokens (a prompt "
                 "that comes in chunks takes its spans as a bool mask (B, T))"
             )
+        if not exact and self.bias is not None and T <= seen != self.fed:
+            raise ValueError(
+                f"the cache holds {seen} keys, not the {self.fed} read so far (assisted decoding, "
+                "a cache used twice), so where the prompt ends is unclear: give the spans as a "
+                "bool mask (B, T)"
+            )
         if exact and (seen < T < fed or (fed < T and seen and new == 1)):
             raise ValueError(_MISMATCH.format(T, fed if seen < T < fed else seen))
         if self.bias is None or seen < T:
