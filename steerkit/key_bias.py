@@ -69,7 +69,7 @@ def key_bias(
     calls = probe(model, torch.zeros(1, 1, dtype=torch.long))
     chosen = _by_layer(heads, calls)
     prompt = _Prompt(columns, keep_sinks)
-    active = bool((columns.bias != 0).any())
+    active = bool((columns.bias != 0).any() or (columns.outside != 0).any())
     # Every layer is taken, so that a second `with` is refused whichever heads it steers.
     edits: dict[nn.Module, Edit] = {
         call.module: _steered(prompt, chosen[layer], strength)

@@ -1,18 +1,30 @@
 """PASTA equals literal reweighting, everywhere: each oracle here multiplies weights, not scores."""
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_attention import SERVED, state_of
-from tiny_models import tiny, tokens
-from torch import Tensor
-from transformers import PreTrainedModel
+from tiny_models import CONFIGS, tiny, tokens
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
-from steerkit.attention import Call, attach
+from steerkit.attention import Call, attach, softmax_off_by_one
 from steerkit.emphasis import Head, emphasise
+from steerkit.key_bias import attend_biased
+from steerkit.sink_cache import SinkCache
 
+REFERENCE = Path(__file__).parent / "data" / "reference"
 HEADS = [Head(0, 1), Head(0, 3), Head(1, 0), Head(1, 3)]
+SPANS = [[(3, 9)], [(20, 24), (30, 31)]]
+NEW = {"do_sample": False, "pad_token_id": 0, "output_logits": True}
+NEW |= {"return_dict_in_generate": True, "max_new_tokens": 6}
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +40,13 @@ def llama() -> PreTrainedModel:
     return tiny("llama")
 
 
-def literal(heads: Sequence[tuple[int, int]], factor: Tensor) -> dict[int, Callable]:
-    """Equation 2 as it stands: softmax, times `factor` (B,T) by key, renormalised; later keys 1."""
+def literal(
+    heads: Iterable[tuple[int, int]], factor: Tensor, *, zero_sink: bool = False
+) -> dict[int, Callable[[Call], Tensor]]:
+    """Equation 2 as it stands: softmax, times `factor` (B,T) by key, renormalised; later keys 1.
+
+    Keys must be the whole sequence. With `zero_sink` the softmax has one more key of score 0.
+    """
 
     def of(layer: int) -> Callable[[Call], Tensor]:
         def edit(call: Call) -> Tensor:
@@ -39,52 +56,522 @@ def literal(heads: Sequence[tuple[int, int]], factor: Tensor) -> dict[int, Calla
             scores = call.query @ key.mT * call.scaling
             visible = torch.ones(Q, K, dtype=torch.bool).tril(K - Q)
             visible = visible if call.mask is None else call.mask
-            weights = scores.masked_fill(~visible, -1e30).softmax(-1) * visible
-            held = torch.ones(B, K)  # a sliding window that evicts is tested elsewhere
+            scores = F.pad(scores.masked_fill(~visible, -1e30), (int(zero_sink), 0))
+            weights = scores.softmax(-1)
+            held = torch.ones(B, K)
             T = min(K, factor.shape[1])
             held[:, :T] = factor.repeat_interleave(B // len(factor), 0)[:, :T]
             for which, head in heads:
                 if which == layer:
-                    weights[:, head] *= held[:, None]
-            total = weights.sum(-1, keepdim=True).clamp_min(1e-30)  # 0 in the rows of pads
-            return (weights / total @ value).transpose(1, 2)
+                    weights[:, head, :, int(zero_sink) :] *= held[:, None]
+            weights = weights / weights.sum(-1, keepdim=True)
+            weights = weights[..., int(zero_sink) :] * visible  # rows of pads see nothing
+            return (weights @ value).transpose(1, 2)
 
         return edit
 
     return {layer: of(layer) for layer in {layer for layer, _ in heads}}
 
 
-def factor_of(spans: Sequence[Sequence[tuple[int, int]]], T: int, alpha: float) -> Tensor:
+def factor_of(
+    spans: Sequence[Sequence[tuple[int, int]]], T: int, alpha: float, *, sinks: int = 0
+) -> Tensor:
     out = torch.full((len(spans), T), alpha)
     for row, each in zip(out, spans, strict=True):
+        row[:sinks] = 1.0
         for start, end in each:
             row[start:end] = 1.0
     return out
 
 
+def close(ours: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def without_cache(
+    model: PreTrainedModel,
+    ids: Tensor,
+    factor: Tensor,
+    *,
+    heads: Sequence[tuple[int, int]] = HEADS,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Logits (B,T,V) of one forward over whole sequences, literally reweighted."""
+    inputs = {}
+    if mask is not None:
+        mask = F.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+        mask = mask.repeat_interleave(len(ids) // len(mask), 0)
+        inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    with attach(model, literal(heads, factor)):
+        return model(ids, use_cache=False, **inputs).logits
+
+
+def check_generated(
+    model: PreTrainedModel, out: object, factor: Tensor, mask: Tensor | None = None
+) -> None:
+    """Every step's logits are those of the literal oracle on what had been generated before."""
+    T = out.sequences.shape[1] - len(out.logits)
+    whole = without_cache(model, out.sequences, factor, mask=mask)
+    close(torch.stack(out.logits, 1), whole[:, T - 1 : -1])
+
+
+# Equality
+
+
 @pytest.mark.parametrize("name", SERVED)
 @torch.no_grad()
 def test_prefill_and_decode_equal_literal_reweighting(name: str) -> None:
-    model, ids, spans = tiny(name), tokens(2, 40), [[(3, 9)], [(20, 24), (30, 31)]]
+    model, ids = tiny(name), tokens(2, 40)
     padding = torch.ones_like(ids)
     padding[1, :5] = 0
-    new = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    new |= {"output_logits": True, "return_dict_in_generate": True}
-
-    def run() -> list[Tensor]:
-        made = model.generate(ids, attention_mask=padding, **new)
-        plain = model.generate(ids, **new)
-        padded = model(ids, attention_mask=padding).logits
-        padded[1, :5] = 0
-        logits = [torch.stack(made.logits), torch.stack(plain.logits)]
-        return [model(ids).logits, padded, made.sequences, plain.sequences, *logits]
-
-    plain = run()
-    with attach(model, literal(HEADS, factor_of(spans, 40, 0.01))):
-        wanted = run()
-    with emphasise(model, spans, HEADS, alpha=0.01):
-        ours = run()
-    for a, b in zip(ours, wanted, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    assert (plain[0] - wanted[0]).abs().max() > 0.05
+    factor = factor_of(SPANS, 40, 0.01)
+    with emphasise(model, SPANS, HEADS):
+        ours = model(ids).logits
+        made = model.generate(ids, **NEW)
+        made_padded = model.generate(ids, attention_mask=padding, **NEW)
+    wanted = without_cache(model, ids, factor)
+    close(ours, wanted)
+    check_generated(model, made, factor)
+    check_generated(model, made_padded, factor, padding)
+    assert torch.equal(made.sequences[:, 40], wanted[:, -1].argmax(-1))  # greedy, and steered
+    assert (model(ids).logits - wanted).abs().max() > 0.05
     assert state_of(model) == ("sdpa", [])
+
+
+@pytest.fixture(scope="module")
+def official() -> tuple[PreTrainedModel, dict[str, np.ndarray], dict[str, tuple[dict, float]]]:
+    model = AutoModelForCausalLM.from_pretrained(REFERENCE).eval()
+    recorded = dict(np.load(REFERENCE / "pasta.npz"))
+    return model, recorded, json.loads(str(recorded["cases"]))
+
+
+@pytest.mark.parametrize("case", ["few", "all", "mild"])
+@torch.no_grad()
+def test_logits_and_greedy_tokens_equal_the_official_code_s(case: str, official: tuple) -> None:
+    model, recorded, cases = official
+    heads, alpha = cases[case]
+    ids = torch.from_numpy(recorded["ids"])
+    spans = [[tuple(span)] for span in recorded["spans"].tolist()]
+    with emphasise(model, spans, heads, alpha=alpha):
+        logits = model(ids).logits[:, recorded["at"]]
+        made = model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None)
+    close(logits, torch.from_numpy(recorded[f"logits_{case}"]))
+    assert torch.equal(made, torch.from_numpy(recorded[f"gen_{case}"]))
+
+
+@torch.no_grad()
+def test_left_padding_equals_the_official_code_s(official: tuple) -> None:
+    model, recorded, cases = official
+    heads, alpha = cases["few"]
+    ids, mask = (torch.from_numpy(recorded[key]) for key in ("ids_pad", "mask_pad"))
+    spans = [[tuple(span)] for span in recorded["spans"].tolist()]
+    with emphasise(model, spans, heads, alpha=alpha):
+        new = NEW | {"max_new_tokens": 16, "eos_token_id": None}
+        made = model.generate(ids, attention_mask=mask, **new)
+    assert torch.equal(made.sequences, torch.from_numpy(recorded["gen_pad"]))
+    close(made.logits[0], torch.from_numpy(recorded["scores_pad0"]))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gpt2", "mistral"])
+@pytest.mark.parametrize(("heads", "alpha"), [([], 0.01), (HEADS, 1.0)])
+@torch.no_grad()
+def test_no_heads_and_alpha_1_are_bit_equal_to_plain(
+    name: str, heads: list[Head], alpha: float
+) -> None:
+    model, ids = tiny(name), tokens(2, 40)
+    padding = torch.ones_like(ids)
+    padding[1, :5] = 0
+    plain = model(ids).logits, model.generate(ids, attention_mask=padding, **NEW)
+    with emphasise(model, SPANS, heads, alpha=alpha):
+        assert torch.equal(model(ids).logits, plain[0])
+        made = model.generate(ids, attention_mask=padding, **NEW)
+    assert torch.equal(made.sequences, plain[1].sequences)
+    assert torch.equal(torch.stack(made.logits), torch.stack(plain[1].logits))
+
+
+def test_steering_changes_only_what_comes_after_a_key_outside_the_span(
+    llama: PreTrainedModel,
+) -> None:
+    ids, spans = tokens(1, 12), [[(0, 5)]]
+    with torch.no_grad(), emphasise(llama, spans, HEADS):
+        steered = llama(ids).logits
+    same = (steered == llama(ids).logits).all(-1)[0]
+    close(steered[:, :5], llama(ids).logits[:, :5])  # all that these see is emphasised
+    assert not same[6:].any()
+
+
+# The kernel
+
+
+@torch.no_grad()
+def test_the_causal_kernel_and_grouped_queries_stay_and_decode_takes_one_row(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, stock = [], F.scaled_dot_product_attention
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
+        mask = options["attn_mask"]
+        widths = {x.shape[-1] for x in (query, key, value)}
+        kept = options["is_causal"], options.get("enable_gqa"), key.shape[1]
+        calls.append((widths, None if mask is None else tuple(mask.shape), *kept))
+        return stock(query, key, value, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    with emphasise(llama, SPANS[:1], [Head(1, 2)]):
+        calls.clear()  # entering asked one token
+        out = llama(tokens(1, 30))
+        llama(tokens(1, 1), past_key_values=out.past_key_values)
+    assert calls == [
+        ({8}, None, True, True, 2),  # layer 0 has no steered head: the stock call
+        ({9}, None, True, True, 2),
+        ({8}, None, False, True, 2),
+        ({8}, (1, 2, 2, 31), False, None, 2),  # (B, Hkv, heads of a group, K)
+    ]
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, Tensor):
+                self.numbers = max(self.numbers, x.numel())
+        return out
+
+
+@torch.no_grad()
+def test_nothing_of_the_size_of_the_weights_is_made(llama: PreTrainedModel) -> None:
+    T = 1024
+    with emphasise(llama, [[(3, 9)]], HEADS), Largest() as largest:
+        llama(tokens(1, T), logits_to_keep=1)
+    assert T * 8 < largest.numbers < T * T / 8
+
+
+@torch.no_grad()
+def test_half_precision_carries_log_alpha_through_prefill() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 20, 64, generator=generator).bfloat16() for _ in range(3))
+    k, v, column = k[:, :2], v[:, :2], torch.full((2, 20), math.log(0.01))
+    column[:, 4:9] = 0.0
+    call = Call(nn.Module(), q, k, v, None, 64**-0.5, {})
+    call.module.num_key_value_groups = 2
+    ours = attend_biased(call, torch.ones(4, 1), column).float()
+    wide = [x.double().repeat_interleave(4 // x.shape[1], 1) for x in (q, k, v)]
+    scores = wide[0] @ wide[1].mT * 64**-0.5 + column[:, None, None]
+    mask = torch.ones(20, 20, dtype=torch.bool).tril()
+    wanted = (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ wide[2]).transpose(1, 2)
+    assert (ours - wanted).abs().max() < 0.02  # bfloat16 attention alone is off by 0.01
+    rounded = (column / call.scaling).bfloat16().float() * call.scaling
+    assert (rounded - column).abs().max() > 0.01  # one bfloat16 column would not do
+
+
+# Generation
+
+
+@torch.no_grad()
+def test_beams_equal_a_search_over_literal_forwards(llama: PreTrainedModel) -> None:
+    ids, beams, steps = tokens(2, 40), 3, 4
+    factor = factor_of(SPANS, 40, 0.01)
+    with emphasise(llama, SPANS, HEADS):
+        made = llama.generate(ids, num_beams=beams, num_return_sequences=2, **NEW)
+    for row in range(2):
+        held = [(0.0, ids[row])]
+        for _ in range(NEW["max_new_tokens"]):
+            batch = torch.stack([beam for _, beam in held])
+            logits = without_cache(llama, batch, factor[row : row + 1])[:, -1].log_softmax(-1)
+            total = torch.tensor([score for score, _ in held])[:, None] + logits
+            best = total.flatten().topk(beams)
+            held = [
+                (score, torch.cat([batch[i // logits.shape[1]], i[None] % logits.shape[1]]))
+                for score, i in zip(best.values.tolist(), best.indices, strict=True)
+            ]
+        for place in range(2):
+            assert torch.equal(made.sequences[2 * row + place], held[place][1])
+    assert steps < NEW["max_new_tokens"]
+
+
+@torch.no_grad()
+def test_samples_of_one_prompt_share_its_spans(llama: PreTrainedModel) -> None:
+    ids, new = tokens(2, 40), NEW | {"do_sample": True, "top_k": 0}
+    padding = torch.ones_like(ids)
+    padding[1, :5] = 0
+    torch.manual_seed(0)
+    with emphasise(llama, SPANS, HEADS):
+        made = llama.generate(ids, attention_mask=padding, num_return_sequences=3, **new)
+    assert len(made.sequences.unique(dim=0)) == 6
+    check_generated(llama, made, factor_of(SPANS, 40, 0.01), padding)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+@torch.no_grad()
+def test_a_sliding_window_that_has_dropped_keys_steers_those_left(name: str) -> None:
+    model, ids = tiny(name), tokens(2, 90)  # windows of 64
+    spans, new = [[(3, 9), (60, 66)], [(70, 80)]], NEW | {"max_new_tokens": 12}
+    with emphasise(model, spans, HEADS):
+        made = model.generate(ids, **new)
+    check_generated(model, made, factor_of(spans, 90, 0.01))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@torch.no_grad()
+def test_chunks_equal_one_forward_and_a_second_prompt_starts_anew(name: str) -> None:
+    model, ids, other = tiny(name), tokens(2, 90), tokens(2, 90, seed=1)
+    mask = torch.zeros(2, 90, dtype=torch.bool)
+    mask[0, 3:9] = mask[1, 70:80] = True
+    factor = factor_of([[(3, 9)], [(70, 80)]], 90, 0.01)
+    with emphasise(model, mask, HEADS):
+        for prompt in (ids, other):
+            cache = DynamicCache(config=model.config)
+            chunks = [model(x, past_key_values=cache).logits for x in prompt.split(37, 1)]
+            close(torch.cat(chunks, 1), without_cache_inside(model, prompt, factor))
+            made = model.generate(prompt, prefill_chunk_size=20, **NEW)
+            assert made.sequences.shape == (2, 96)
+
+
+@torch.no_grad()
+def without_cache_inside(model: PreTrainedModel, ids: Tensor, factor: Tensor) -> Tensor:
+    """`without_cache` on an equal model, for use inside a `with`."""
+    name = next(name for name in CONFIGS if CONFIGS[name]().model_type == model.config.model_type)
+    return without_cache(tiny(name), ids, factor)
+
+
+@torch.no_grad()
+def test_a_static_cache_and_keys_from_before_the_with(llama: PreTrainedModel) -> None:
+    ids = tokens(2, 40)
+    static = StaticCache(llama.config, max_cache_len=64)
+    with emphasise(llama, SPANS, HEADS):
+        first = llama(ids, past_key_values=static).logits
+        then = llama(ids[:, :1], past_key_values=static).logits
+    whole = without_cache(llama, torch.cat([ids, ids[:, :1]], 1), factor_of(SPANS, 40, 0.01))
+    close(torch.cat([first, then], 1), whole)
+
+    kept = llama(ids[:, :25]).past_key_values  # read without steering
+    with attach(llama, literal(HEADS, factor_of(SPANS, 40, 0.01))):
+        wanted = llama(ids[:, 25:], past_key_values=llama_copy(kept)).logits
+    with emphasise(llama, SPANS, HEADS):
+        close(llama(ids[:, 25:], past_key_values=kept).logits, wanted)
+
+
+def llama_copy(cache: DynamicCache) -> DynamicCache:
+    copy = DynamicCache()
+    for i, layer in enumerate(cache.layers):
+        copy.update(layer.keys.clone(), layer.values.clone(), i)
+    return copy
+
+
+@torch.no_grad()
+def test_tokens_by_embedding_and_by_position_are_the_same(llama: PreTrainedModel) -> None:
+    ids = tokens(2, 40)
+    with emphasise(llama, SPANS, HEADS):
+        wanted = llama(ids).logits
+        embedded = llama.get_input_embeddings()(ids)
+        assert torch.equal(llama(inputs_embeds=embedded).logits, wanted)
+        kept = DynamicCache()
+        llama(ids, None, None, kept)  # a cache given by position
+        last = llama(ids[:, :1], None, None, kept).logits
+        assert torch.equal(llama(ids).logits, wanted)
+    whole = without_cache(llama, torch.cat([ids, ids[:, :1]], 1), factor_of(SPANS, 40, 0.01))
+    close(last, whole[:, -1:])
+
+
+# Spans and alphas
+
+
+@torch.no_grad()
+def test_several_spans_are_their_union_and_a_mask_says_the_same(llama: PreTrainedModel) -> None:
+    # The official library multiplies the spans themselves by alpha once there are two of them.
+    ids, mask = tokens(2, 40), torch.zeros(2, 40, dtype=torch.bool)
+    mask[0, 3:9] = mask[1, 20:24] = mask[1, 30] = True
+    with emphasise(llama, SPANS, HEADS):
+        union = llama(ids).logits
+    close(union, without_cache(llama, ids, mask + 0.01 * ~mask))
+    with emphasise(llama, mask, HEADS):
+        assert torch.equal(llama(ids).logits, union)
+    with emphasise(llama, [[(3, 7), (5, 9), (3, 4)], [(30, 31), (20, 24), (20, 24)]], HEADS):
+        assert torch.equal(llama(ids).logits, union)
+
+
+@torch.no_grad()
+def test_each_with_has_its_own_alpha(llama: PreTrainedModel) -> None:
+    # The official library keeps the first log(alpha) for good.
+    ids = tokens(2, 40)
+    for alpha in (0.01, 0.5, 1e-6):
+        with emphasise(llama, SPANS, HEADS, alpha=alpha):
+            ours = llama(ids).logits
+        close(ours, without_cache(llama, ids, factor_of(SPANS, 40, alpha)))
+
+
+@torch.no_grad()
+def test_a_span_s_own_alpha_is_its_ratio_to_what_is_outside(llama: PreTrainedModel) -> None:
+    ids, factor = tokens(2, 40), torch.full((2, 40), 0.01)
+    factor[0, 3:9], factor[0, 20:30] = 1.0, 0.01 / 0.2
+    factor[1] = 0.5
+    factor[1, 5:8] = 1.0
+    spans = [[(3, 9), (5, 9, 0.5), (20, 30, 0.2)], [(5, 8, 0.5)]]  # where two overlap: the stronger
+    with emphasise(llama, spans, HEADS, alpha=0.01):
+        made = llama.generate(ids, **NEW)
+        close(llama(ids).logits, without_cache_inside(llama, ids, factor))
+    check_generated(llama, made, factor)
+
+
+@torch.no_grad()
+def test_kept_sinks_are_the_first_tokens_that_are_not_padding(llama: PreTrainedModel) -> None:
+    ids, factor = tokens(2, 40), factor_of(SPANS, 40, 0.01, sinks=4)
+    padding = torch.ones_like(ids)
+    padding[1, :5] = 0
+    with emphasise(llama, SPANS, HEADS, keep_sinks=4):
+        close(llama(ids).logits, without_cache_inside(llama, ids, factor))
+        made = llama.generate(ids, attention_mask=padding, num_beams=2, **NEW)
+    factor[1, :9] = 0.01
+    factor[1, 5:9] = 1.0
+    assert made.sequences.shape == (2, 46)
+    with emphasise(llama, SPANS, HEADS, keep_sinks=4):
+        made = llama.generate(ids, attention_mask=padding, **NEW)
+    check_generated(llama, made, factor, padding)
+
+
+@torch.no_grad()
+def test_softmax_off_by_one_keeps_its_zero_sink_at_full_weight() -> None:
+    model, ids, factor = tiny("llama", sharpen=2.0), tokens(2, 40), factor_of(SPANS, 40, 0.01)
+    everywhere = [Head(layer, index) for layer in range(2) for index in range(4)]
+    with softmax_off_by_one(model):
+        with attach(model, literal(everywhere, factor, zero_sink=True)):
+            wanted = model(ids).logits
+        with emphasise(model, SPANS, everywhere):
+            close(model(ids).logits, wanted)
+
+
+# Errors, and the model afterwards
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("fail", ["inside", "in the forward", "in an input check"])
+def test_an_exception_leaves_the_model_as_found(llama: PreTrainedModel, fail: str) -> None:
+    before, hooks, wanted = state_of(llama), hooks_of(llama), llama(tokens(2, 40)).logits
+    with pytest.raises((RuntimeError, IndexError, ValueError)), emphasise(llama, SPANS, HEADS):
+        if fail == "inside":
+            raise RuntimeError("broken")
+        llama(tokens(2, 40) + 10_000 if fail == "in the forward" else tokens(2, 7))
+    assert (state_of(llama), hooks_of(llama)) == (before, hooks)
+    assert torch.equal(llama(tokens(2, 40)).logits, wanted)
+
+
+@pytest.mark.parametrize("alpha", [0.01, 1.0])
+def test_nesting_is_refused_whatever_the_heads(llama: PreTrainedModel, alpha: float) -> None:
+    with emphasise(llama, SPANS, [Head(0, 0)], alpha=alpha):
+        inside = state_of(llama), hooks_of(llama)
+        refused = pytest.raises(ValueError, match="already attached")
+        with refused, emphasise(llama, SPANS, [Head(1, 0)]):
+            pass
+        assert (state_of(llama), hooks_of(llama)) == inside
+
+
+@pytest.mark.parametrize("T", [10, 40])
+@torch.no_grad()
+def test_a_sink_cache_is_refused_before_it_evicts(llama: PreTrainedModel, T: int) -> None:
+    cache = SinkCache(llama, sinks=2, window=20)
+    with (
+        pytest.raises(ValueError, match="SinkCache evicts and moves"),
+        emphasise(llama, [[(1, 3)]], HEADS),
+    ):
+        llama.generate(tokens(1, T), past_key_values=cache, **NEW)
+    assert state_of(llama) == ("sdpa", [])
+    assert llama(tokens(1, T), past_key_values=cache).logits.isfinite().all()  # as if never tried
+
+
+def padded(model: PreTrainedModel) -> None:
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, :22] = 0
+    model(tokens(2, 40), attention_mask=mask)
+
+
+def twice(model: PreTrainedModel) -> None:
+    cache = DynamicCache()
+    model(tokens(2, 40), past_key_values=cache)
+    model(tokens(2, 9), past_key_values=cache)
+    cache.crop(-4)
+    model(tokens(2, 1), past_key_values=cache)
+
+
+def forward(B: int, T: int, **inputs: object) -> Callable[[PreTrainedModel], object]:
+    return lambda model: model(tokens(B, T), **inputs)
+
+
+BOOL = torch.zeros(2, 40, dtype=torch.bool)
+BOOL[:, 7] = True
+NAN, PLAIN = float("nan"), forward(2, 40)
+
+
+@pytest.mark.parametrize(
+    ("spans", "heads", "options", "run", "message"),
+    [
+        ([[(3, 3)], [(1, 2)]], HEADS, {}, PLAIN, r"row 0: span \[3, 3\) is empty"),
+        ([[(1, 2)], [(9, 3)]], HEADS, {}, PLAIN, r"row 1: span \[9, 3\) is .*reversed"),
+        ([[(-2, 3)], [(1, 2)]], HEADS, {}, PLAIN, r"\[-2, 3\) is .*negative"),
+        ([[(1, 2)], []], HEADS, {}, PLAIN, "row 1 .* at least one"),
+        ([], HEADS, {}, PLAIN, "no spans"),
+        ([(3, 9)], HEADS, {}, PLAIN, r"row 0 .*\[\[\(5, 12\)\]\]"),
+        ([[(1, 2)], [(30, 41)]], HEADS, {}, PLAIN, "ends at token 41, past .* prompt of 40"),
+        ([[(1, 2)]] * 3, HEADS, {}, PLAIN, "2 rows, spans for 3 prompts"),
+        (SPANS, HEADS, {}, padded, r"rows \[1\]: a span covers padding"),
+        (SPANS, HEADS, {}, twice, "45 keys, not the 49"),
+        (BOOL.long(), HEADS, {}, PLAIN, "int64 .*: expected a bool mask"),
+        (BOOL[0], HEADS, {}, PLAIN, r"shape \(40,\): expected a bool mask \(B, T\)"),
+        (BOOL & torch.tensor([[True], [False]]), HEADS, {}, PLAIN, r"rows \[1\] .* are empty"),
+        (BOOL, HEADS, {}, forward(2, 41), "mask of 40 tokens, the prompt has 41"),
+        (BOOL, HEADS, {}, forward(2, 39), "mask of 40 tokens, the prompt has 39"),
+        (BOOL, HEADS, {}, lambda m: m.generate(tokens(2, 30), **NEW), "of 40 .* has 30"),
+        (SPANS, [Head(2, 0)], {}, PLAIN, "L2H0: expected 0 <= layer < 2 layers"),
+        (SPANS, [(-1, 0)], {}, PLAIN, "layer < 2"),
+        (SPANS, [Head(0, 4)], {}, PLAIN, "L0H4: .* index < 4 query heads .* 2 key/value heads"),
+        (SPANS, {"1": [4]}, {}, PLAIN, "L1H4: .* query heads"),
+        (SPANS, HEADS, {"alpha": 0.0}, PLAIN, "alpha=0.0: expected 0 < alpha <= 1"),
+        (SPANS, HEADS, {"alpha": -0.1}, PLAIN, "alpha=-0.1"),
+        (SPANS, HEADS, {"alpha": 1.1}, PLAIN, "alpha=1.1"),
+        (SPANS, HEADS, {"alpha": NAN}, PLAIN, "alpha=nan"),
+        ([[(3, 9, 0.0)], [(3, 9)]], HEADS, {}, PLAIN, "alpha=0.0"),
+        (SPANS, HEADS, {"keep_sinks": -1}, PLAIN, "keep_sinks=-1"),
+        (
+            SPANS,
+            HEADS,
+            {"keep_sinks": 1},
+            forward(2, 40, attention_mask=torch.ones(2, 1, 40, 40, dtype=torch.bool).tril()),
+            "keep_sinks needs",
+        ),
+    ],
+)
+@torch.no_grad()
+def test_bad_input_is_one_clear_error(
+    llama: PreTrainedModel,
+    spans: object,
+    heads: object,
+    options: dict[str, float],
+    run: Callable[[PreTrainedModel], object],
+    message: str,
+) -> None:
+    with pytest.raises(ValueError, match=message), emphasise(llama, spans, heads, **options):
+        run(llama)
+    assert state_of(llama) == ("sdpa", [])
+
+
+@torch.no_grad()
+def test_prompt_lookup_is_refused_or_right(llama: PreTrainedModel) -> None:
+    ids = tokens(1, 10).repeat(1, 4)  # repeats itself, so that candidates are found at once
+    mask = torch.zeros(1, 40, dtype=torch.bool)
+    mask[:, 3:9] = True
+    options = NEW | {"prompt_lookup_num_tokens": 3, "eos_token_id": None}
+    with pytest.raises(ValueError, match="mask of 40"), emphasise(llama, mask, HEADS):
+        llama.generate(ids, **options)
+
+
+def test_a_head_is_named_by_layer_and_query_head() -> None:
+    assert str(Head(3, 7)) == "L3H7"
