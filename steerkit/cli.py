@@ -23,6 +23,8 @@ EXAMPLES = """examples:
   steerkit run --profile smoke                  the same code at small n, about a minute each
   steerkit run --only 04 -p TEXT book.txt       one notebook, on a text of your own
   steerkit run --profile gpu --model DIR_OR_ID  a real checkpoint on a CUDA GPU
+  steerkit student --out workshop               copies for students, and the answer key
+  steerkit check workshop/student/04*.ipynb     which exercises of a student's copy are right
   steerkit doctor                               versions, device, memory, what each profile can do
 """
 
@@ -57,6 +59,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--figures", type=Path, help="figures and claims (default figures/, in <profile>/<name>/)")
     add("--timeout", type=int, metavar="S", help="seconds per cell (default by profile)")
     add("--save", action="store_true", help="authors: store the outputs in the notebooks")
+    student = commands.add_parser("student", help="write student copies and an answer key")
+    student.set_defaults(command=_student)
+    student.add_argument("--out", type=Path, required=True, help="gets student/ and answers/")
+    student.add_argument("--only", nargs="+", default=(), metavar="NAME", help="by prefix: 04")
+    check = commands.add_parser("check", help="say which exercises of a student's copy are right")
+    check.set_defaults(command=_check)
+    check.add_argument("notebook", type=Path, metavar="NOTEBOOK")
+    check.add_argument("--profile", default="smoke", choices=("smoke", "cpu", "gpu"))
+    check.add_argument("--timeout", type=int, metavar="S", help="seconds per cell")
     doctor = commands.add_parser("doctor", help="versions, device, memory, what profiles can do")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -110,6 +121,26 @@ def _report(outcome: "Outcome", console: Console) -> None:
     else:
         text = f"FAILED {outcome.notebook}, {outcome.error}\n  kept: {outcome.executed}"
         console.print(text, style="red", markup=False, soft_wrap=True)
+
+
+def _student(args: argparse.Namespace, root: Path, console: Console) -> int:
+    from steerkit import runner, student
+
+    for path in student.write_copies(runner.find(root / "notebooks", args.only), args.out):
+        console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _check(args: argparse.Namespace, root: Path, console: Console) -> int:
+    from steerkit import runner, student
+
+    timeout = args.timeout or runner.CELL_TIMEOUT[args.profile]
+    verdicts = student.grade(args.notebook, profile=args.profile, timeout=timeout)
+    for verdict in verdicts:
+        line = f"Exercise {verdict.number}: {verdict.state}"
+        style = "green" if verdict.state == student.RIGHT else "red"
+        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+    return 0 if all(verdict.state == student.RIGHT for verdict in verdicts) else 1
 
 
 def _doctor(args: argparse.Namespace, root: Path, console: Console) -> int:

@@ -84,8 +84,9 @@ def execute(
     figures: Path,
     timeout: int,
     progress: bool = True,
+    cwd: Path | None = None,
 ) -> Outcome:
-    """Run one notebook with its folder as working directory and `values` as parameters.
+    """Run one notebook with `values` as parameters, in `cwd` (default: its own folder).
 
     The executed copy is out/<name>.ipynb, or out/<name>.partial.ipynb after a failure; time and
     machine go to figures/<profile>/<name>/run.json. `timeout` is in seconds per cell.
@@ -100,7 +101,7 @@ def execute(
                 _literal(partial),
                 parameters=dict(values),
                 kernel_name="python3",
-                cwd=path.parent,
+                cwd=cwd or path.parent,
                 execution_timeout=timeout,
                 progress_bar=progress,
                 extra_arguments=["--log-level=ERROR"],  # a local kernel warns of plain TCP
