@@ -3,25 +3,33 @@
 import base64
 import html
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from cycler import cycler
 from IPython import get_ipython
 from IPython.display import HTML, display
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from steerkit.results import write_bytes, write_json
+from steerkit.results import bootstrap, write_bytes, write_json
+from steerkit.turns import Turn
 
 # Okabe and Ito's palette for all kinds of colour vision, ordered so that neighbours also differ in
 # grey; line style and marker repeat what colour says.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#000000", "#56B4E9", "#D55E00", "#CC79A7")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 2)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DIVERGING = LinearSegmentedColormap.from_list(
+    "steerkit", ["#8C3A00", "#D55E00", "#FFFFFF", "#0072B2", "#003A5C"]
+)
 DPI = 110
 
 
@@ -58,7 +66,6 @@ def show(fig: Figure, name: str, *, out: Path, caption: str, alt: str, values: d
     if not name or Path(name).name != name:
         raise ValueError(f"name={name!r}: expected a plain file name without folders")
     png = _png(fig)
-    plt.close(fig)
     write_bytes(Path(out) / f"{name}.png", png)
     sidecar = {"figure": name, "caption": caption, "alt": alt, "values": values}
     write_json(Path(out) / f"{name}.json", sidecar)
@@ -92,12 +99,112 @@ def heat_map(
     return ax
 
 
+def dialogue_map(
+    ax: Axes,
+    weights: Any,
+    turns: Sequence[Turn],
+    *,
+    texts: Sequence[str] | None = None,
+    vmax: float | None = None,
+    bar: str | None = "attention weight",
+) -> Axes:
+    """A binned map (bins, bins) of a dialogue: lines where its turns begin, numbers beside them.
+
+    `texts` (bins,), as `binned_text` makes them, are written down the left side; give the figure
+    about 0.11 inches of height for each.
+    """
+    w = _square(weights)
+    heat_map(ax, w, vmax=vmax, bar=bar)
+    _draw_turns(ax, turns, len(w))
+    ax.set(xlabel="turn of the key", ylabel="turn of the query")
+    if texts is not None:
+        _text_strip(ax, texts, len(w))
+    return ax
+
+
+def difference_map(
+    ax: Axes,
+    difference: Any,
+    turns: Sequence[Turn] | None = None,
+    *,
+    limit: float | None = None,
+    bar: str | None = "difference of attention weights",
+) -> Axes:
+    """After minus before, (Q, K): blue for more, orange with dots for less, white for 0.
+
+    Colours run from -limit to limit, by default the largest change.
+    """
+    d = _square(difference)
+    limit = limit or float(np.abs(d).max()) or 1.0
+    image = ax.imshow(d, vmin=-limit, vmax=limit, cmap=DIVERGING, interpolation="nearest")
+    row, column = np.nonzero(d < -limit / 10)
+    ax.scatter(column, row, s=0.15 * (150 / len(d)) ** 2, color="black", linewidths=0)
+    ax.set(xlabel="key position", ylabel="query position")
+    ax.grid(False)
+    if turns is not None:
+        _draw_turns(ax, turns, len(d))
+        ax.set(xlabel="turn of the key", ylabel="turn of the query")
+    if bar is not None:
+        ax.figure.colorbar(image, ax=ax, label=bar, shrink=0.85)
+    return ax
+
+
+def binned_text(tokens: Sequence[str], bins: int, *, width: int = 30) -> list[str]:
+    """What each bin of a map says: tokens (T,) joined, spaces tidied, cut to `width` characters."""
+    T = len(tokens)
+    edges = [-(-b * T // bins) for b in range(bins + 1)]
+    rows = [" ".join("".join(tokens[a:b]).split()) for a, b in pairwise(edges)]
+    return [row if len(row) <= width else row[: width - 1] + "…" for row in rows]
+
+
+def _square(weights: Any) -> np.ndarray:
+    w = np.asarray(weights, dtype=float)
+    if w.ndim != 2 or w.shape[0] != w.shape[1]:
+        raise ValueError(
+            f"map of shape {w.shape}: expected (bins, bins), as attention_map makes it"
+        )
+    return w
+
+
+def _draw_turns(ax: Axes, turns: Sequence[Turn], bins: int) -> None:
+    """Lines and tick numbers for the exchanges of a dialogue of `bins` bins."""
+    scale = bins / turns[-1].end
+    starts = {t.number: t.start for t in reversed(turns)}
+    ends = {t.number: t.end for t in turns}
+    for start in list(starts.values())[:-1]:
+        for line in (ax.axvline, ax.axhline):
+            line(start * scale - 0.5, color="0.5", linewidth=0.5, linestyle="-", marker="")
+    shown = sorted(starts)[:: -(-len(starts) // 12)]
+    middle = [(starts[n] + ends[n]) / 2 * scale - 0.5 for n in shown]
+    ax.set_xticks(middle, shown)
+    ax.set_yticks(middle, shown)
+    ax.tick_params(length=0)
+
+
+def _text_strip(ax: Axes, texts: Sequence[str], bins: int) -> None:
+    if len(texts) != bins:
+        raise ValueError(f"{len(texts)} texts for {bins} bins: expected one each")
+    for row, text in enumerate(texts):
+        ax.annotate(
+            text.replace("$", r"\$"), (0, row), (-22, 0), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="right", va="center", fontsize=5.5, family="monospace",
+        )  # fmt: skip
+    ax.set_ylabel("")
+
+
 def head_grid(
-    ax: Axes, values: Any, *, bar: str, form: str = "{:.2f}", vmax: float | None = None
+    ax: Axes,
+    values: Any,
+    *,
+    bar: str,
+    form: str = "{:.2f}",
+    vmax: float | None = None,
+    marked: Iterable[tuple[int, int]] = (),
 ) -> Axes:
     """One cell per head with its number written in it: values (L, H), layer 0 at the top.
 
-    With `vmax` colours run from 0 to it, so that several grids compare.
+    With `vmax` colours run from 0 to it, so that several grids compare. `marked` heads, as (layer,
+    head), are framed.
     """
     v = np.asarray(values, dtype=float)
     if v.ndim != 2:
@@ -110,8 +217,79 @@ def head_grid(
         ax.text(head, layer, form.format(x), ha="center", va="center", color=colour, size=9)
     ax.set(xlabel="head", ylabel="layer", xticks=range(v.shape[1]), yticks=range(v.shape[0]))
     ax.grid(False)
+    for layer, head in marked:
+        place = (head - 0.5, layer - 0.5)
+        ax.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor=COLOURS[5], linewidth=2.5))
     ax.figure.colorbar(image, ax=ax, label=bar)
     return ax
+
+
+def head_overlap(ax: Axes, sets: Mapping[str, Iterable[tuple[int, int]]], *, heads: int) -> Axes:
+    """How many heads two sets share, and, in brackets, how many would by chance: |A| |B| / heads.
+
+    `heads` is the number of heads of the model. Colour is the shared part of the smaller set.
+    """
+    names, found = list(sets), [set(map(tuple, s)) for s in sets.values()]
+    if not all(found):
+        raise ValueError(f"set {names[found.index(set())]!r} has no head: leave it out")
+    shared = np.array([[len(a & b) for b in found] for a in found])
+    chance = np.array([[len(a) * len(b) / heads for b in found] for a in found])
+    part = shared / np.array([[min(len(a), len(b)) for b in found] for a in found])
+    image = ax.imshow(part, vmin=0, vmax=1, interpolation="nearest")
+    for (row, column), x in np.ndenumerate(part):
+        text = f"{shared[row, column]}"
+        text += f"\n({chance[row, column]:.1f})" if row != column else ""
+        colour = "white" if x < 0.5 else "black"
+        ax.text(column, row, text, ha="center", va="center", color=colour, size=9)
+    ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    ax.set_yticks(range(len(names)), names)
+    ax.grid(False)
+    ax.figure.colorbar(image, ax=ax, label="shared part of the smaller set")
+    return ax
+
+
+def ablation(
+    ax: Axes,
+    rows: Mapping[str, tuple[float, float, float]],
+    *,
+    xlabel: str,
+    reference: str | None = None,
+) -> Axes:
+    """One row per condition: (mean, low, high) as dot and interval, the first one at the top.
+
+    A thin line goes down from the condition `reference`, which the others are compared with.
+    """
+    for y, (mean, low, high) in enumerate(rows.values()):
+        if not low <= mean <= high:
+            raise ValueError(
+                f"{list(rows)[y]!r}: expected low <= mean <= high, got {low, mean, high}"
+            )
+        colour = COLOURS[y % len(COLOURS)]
+        ax.plot([low, high], [y, y], color=colour, linestyle="-", marker="|", markersize=8)
+        ax.plot(mean, y, color=colour, marker=MARKERS[y % len(MARKERS)], markersize=8)
+        ax.annotate(
+            f"{mean:.2f}", (mean, y), (0, 7), textcoords="offset points", ha="center", size=9
+        )
+    if reference is not None:
+        ax.axvline(rows[reference][0], color="0.6", linewidth=1, linestyle=":", marker="", zorder=0)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
+    return ax
+
+
+def turn_curves(
+    ax: Axes, values: Mapping[str, Any], *, ylabel: str, first: int = 1
+) -> dict[str, tuple[Any, Any, Any]]:
+    """Means over dialogues by turn, values (dialogues, turns), with 95 % bootstrap bands.
+
+    Returns (mean, low, high) by name, (turns,) each: what was drawn.
+    """
+    triples = {name: bootstrap(torch.as_tensor(v)) for name, v in values.items()}
+    turns = np.arange(len(next(iter(triples.values()))[0])) + first
+    means = {name: mean for name, (mean, _, _) in triples.items()}
+    bands = {name: (low, high) for name, (_, low, high) in triples.items()}
+    curves(ax, turns, means, xlabel="turn of the reply", ylabel=ylabel, bands=bands)
+    return triples
 
 
 def curves(
@@ -152,9 +330,16 @@ def loss_curve(ax: Axes, log: Sequence[Mapping[str, float]], *, label: str = "tr
     return curves(ax, steps, losses, xlabel="training step", ylabel="loss (nats per token)")
 
 
+def picture(fig: Figure, *, caption: str, alt: str) -> str:
+    """The figure as HTML with the picture in it, for a widget; closes `fig`, writes nothing."""
+    page = _figure_html(_png(fig), caption, alt)
+    return page.replace("<img ", '<img class="explored" ', 1)
+
+
 def _png(fig: Figure) -> bytes:
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    plt.close(fig)
     return buffer.getvalue()
 
 

@@ -46,7 +46,7 @@ def turns(
     encoded = tokenizer(texts[-1], add_special_tokens=False, return_offsets_mapping=True)
     starts = torch.tensor([start for start, _ in encoded["offset_mapping"]])
     ends = [int((starts < len(text)).sum()) for text in texts]
-    numbers = accumulate(message.role == "user" for message in messages)
+    numbers = accumulate(int(message.role == "user") for message in messages)
     places = zip(numbers, messages, [0, *ends], ends, strict=False)
     return (
         torch.tensor([encoded["input_ids"]]),
