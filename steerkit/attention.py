@@ -35,7 +35,9 @@ class Call:
     """One attention call, rotary embedding applied: query (B,H,Q,D), key and value (B,Hkv,K,D).
 
     `mask` is None (causal), boolean (True = visible) or additive, and broadcasts to (B,H,Q,K).
-    `options` holds what else the architecture passed (dropout, sliding_window, ...).
+    `options` holds what else the architecture passed (dropout, sliding_window, ...). A recorder's
+    `watch` sees the call when it attends, so with what an edit made of it; edits' own calls have
+    none.
     """
 
     module: nn.Module
@@ -45,6 +47,7 @@ class Call:
     mask: Tensor | None
     scaling: float
     options: dict[str, Any]
+    watch: "Callable[[Call], None] | None" = None
 
     @property
     def zero_sink(self) -> bool:
@@ -52,12 +55,9 @@ class Call:
         return _ZERO_SINK in self.module.__dict__
 
     def attend(self) -> Tensor:
-        """The layer's own attention over what the call holds now -> (B,Q,H,D).
-
-        A recorder looks on here, so it sees the weights that an edit made.
-        """
-        if (watch := self.module.__dict__.get(_WATCH)) is not None:
-            watch(self)
+        """The layer's own attention over what the call holds now -> (B,Q,H,D)."""
+        if self.watch is not None:
+            self.watch(self)
         if not self.zero_sink:
             return self._sdpa(self.query, self.key, self.value, self.mask)
         # One zero key with a zero value. A zero *query* in front keeps the causal diagonal in
@@ -77,8 +77,6 @@ class Call:
 
 Edit = Callable[[Call], Tensor]
 """An edit may read or change the call, and returns (B,Q,H,D), usually `call.attend()`."""
-Watch = Callable[[Call], None]
-"""A watch reads the call that is about to be attended, edits included, and changes nothing."""
 
 
 def _seen(mask: Tensor) -> bool | float:
@@ -101,7 +99,8 @@ def _door(
     if _EDIT not in state and _ZERO_SINK not in state and _WATCH not in state:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     scaling = options.pop("scaling", None) or query.shape[-1] ** -0.5
-    call = Call(module, query, key, value, attention_mask, scaling, options)
+    watch = state.get(_WATCH)
+    call = Call(module, query, key, value, attention_mask, scaling, options, watch)
     return state.get(_EDIT, Call.attend)(call), None
 
 

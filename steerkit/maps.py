@@ -190,6 +190,41 @@ def span_share(model: PreTrainedModel, ids: Tensor, spans: Spans) -> Tensor:
     return span_attention(model, ids, spans).share
 
 
+def received(
+    model: PreTrainedModel,
+    ids: Tensor,
+    queries: tuple[int, int],
+    *,
+    reduce: str = "max",
+    layers: Iterable[int] | None = None,
+    heads: Iterable[tuple[int, int]] | None = None,
+) -> Tensor:
+    """What each token gets from the queries [start, end): the "max" or "mean" weight -> (T,).
+
+    Over `layers`, or `heads` as (layer, index), by default all; ids (T,) or (1,T).
+    """
+    ids = one_text(model, ids)
+    start, end = queries
+    if not 0 <= start < end <= ids.shape[1]:
+        raise ValueError(f"queries [{start}, {end}): expected 0 <= start < end <= {ids.shape[1]}")
+    if reduce not in ("max", "mean"):
+        raise ValueError(f'reduce={reduce!r}: expected "max" or "mean"')
+    chosen = _chosen(model, layers, heads)
+    found = torch.zeros(ids.shape[1])
+
+    def record(rows: Rows) -> None:
+        first, last = (max(0, row - rows.start) for row in (start, end))
+        here = rows.weights[0, chosen[rows.layer], first:last]  # (heads,q,K)
+        if here.shape[1] and reduce == "max":
+            torch.maximum(found, here.amax((0, 1)).cpu(), out=found)
+        elif here.shape[1]:
+            found.add_(here.sum((0, 1)).cpu())
+
+    record_rows(model, ids, record, layers=chosen)
+    rows_read = (end - start) * sum(len(index) for index in chosen.values())
+    return found if reduce == "max" else found / rows_read
+
+
 def group_share(model: PreTrainedModel, ids: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     """Mean mass from each group of queries to each group of keys -> (L,H,query groups,key groups).
 

@@ -17,7 +17,8 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from steerkit.attention import Call, attach, attention_weights, install, softmax_off_by_one
 from steerkit.emphasis import emphasise
-from steerkit.maps import attention_map, group_share, span_attention, span_share
+from steerkit.maps import attention_map, group_share, received, span_attention, span_share
+from steerkit.relatives import spotlight
 
 T, BINS, SKIP = 90, 7, 3  # beyond the sliding windows of 64; bins of 12 and of 13 tokens
 SPANS = [(4, 9), (7, 12), (40, 41)]
@@ -112,6 +113,17 @@ def test_chunks_do_not_show(
     torch.testing.assert_close(attention_map(llama, ids, bins=BINS, reduce=reduce), whole[0])
     torch.testing.assert_close(group_share(llama, ids, groups, groups), whole[1])
     torch.testing.assert_close(span_share(llama, ids, SPANS), whole[2])
+
+
+def test_received_is_what_each_key_gets_from_some_queries(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steerkit.attention._CHUNK_NUMBERS", 4 * T * 7)  # seven rows a chunk
+    weights = attention_weights(llama, tokens(1, T))
+    ask = partial(received, llama, tokens(1, T), (20, 45))
+    torch.testing.assert_close(ask(), weights[:, :, 20:45].amax((0, 1, 2)))
+    one = weights[1, 2, 20:45].mean(0)
+    torch.testing.assert_close(ask(reduce="mean", heads=[(1, 2)]), one)
 
 
 def test_group_shares_are_means_of_sums_and_leave_out_minus_one(llama: PreTrainedModel) -> None:
@@ -210,6 +222,15 @@ def test_an_edit_that_does_not_attend_is_refused_not_left_out(llama: PreTrainedM
     assert state_of(llama) == ("sdpa", [])
 
 
+def test_what_an_edit_asks_for_itself_is_not_recorded(llama: PreTrainedModel) -> None:
+    plain = span_share(llama, tokens(1, T), SPANS)
+    with spotlight(llama, [SPANS], target=0.6):  # asks for the share first, in a call of its own
+        share = span_share(llama, tokens(1, T), SPANS)
+    psi = plain[0, :, 41:]  # of the first layer, which reads the same hidden states
+    wanted = torch.where(psi < 0.6, 0.6 / (0.6 + 1 - psi), psi)
+    torch.testing.assert_close(share[0, :, 41:], wanted, atol=1e-5, rtol=1e-4)
+
+
 def test_a_recording_inside_a_recording_is_refused(llama: PreTrainedModel) -> None:
     def nested(values: Tensor, dim: int) -> Tensor:
         attention_map(llama, tokens(1, T), bins=2)
@@ -304,6 +325,8 @@ GROUPS = torch.zeros(T, dtype=torch.long)
         (lambda m: span_share(m, IDS, []), "no token"),
         (lambda m: span_share(m, IDS, torch.ones(T + 1, dtype=torch.bool)), "another text"),
         (lambda m: span_share(m, IDS, torch.ones(T)), "bool mask"),
+        (lambda m: received(m, IDS, (80, 91)), r"queries \[80, 91\).*<= 90"),
+        (lambda m: received(m, IDS, (0, 5), reduce="sum"), "'sum'"),
         (lambda m: group_share(m, IDS, GROUPS[1:], GROUPS), r"queries of shape \(89,\)"),
         (lambda m: group_share(m, IDS, GROUPS, GROUPS - 1), "keys of shape"),
     ],
