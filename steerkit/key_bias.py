@@ -21,6 +21,9 @@ from transformers import PreTrainedModel
 from steerkit.attention import Call, Edit, attached, install, probe
 from steerkit.sink_cache import SinkCache
 
+# A row of biases is made for so many keys more than asked for, and serves that many steps.
+_ROOM = 256
+
 
 class Head(NamedTuple):
     """One attention head: `layer` and `index` count from 0, `index` counts *query* heads."""
@@ -103,13 +106,43 @@ def _by_layer(heads: Heads | None, calls: Sequence[Call]) -> dict[int, list[int]
 
 
 def _steered(prompt: "_Prompt", heads: list[int], strength: Strength | None) -> Edit:
+    row = _Row(prompt, heads)
+
     def edit(call: Call) -> Tensor:
+        if strength is None and call.query.shape[2] == 1:
+            call.mask = _plus(row.of(call), call.mask)
+            return call.attend()
         column = prompt.column(call)
-        on = column.new_zeros(call.query.shape[1], 1)
-        on[heads] = 1
+        on = row.switch(call)[:, None]
         return attend_biased(call, on if strength is None else on * strength(call, column), column)
 
     return edit
+
+
+class _Row:
+    """The bias of one query in one layer, kept between steps: the prompt's part never changes."""
+
+    def __init__(self, prompt: "_Prompt", heads: list[int]) -> None:
+        self.prompt, self.heads = prompt, heads
+        self.key: tuple[Any, ...] = ()
+
+    def switch(self, call: Call) -> Tensor:
+        """1 for steered heads and 0 for others: (H,) float32."""
+        on = torch.zeros(call.query.shape[1])
+        on[self.heads] = 1
+        return on.to(call.query.device)
+
+    def of(self, call: Call) -> Tensor:
+        """(B,H,1,K), a window on a longer row."""
+        B, K, prompt = call.query.shape[0], call.key.shape[2], self.prompt
+        start = prompt.first_key(1, K)
+        key = (prompt.version, B, call.query.dtype, call.query.device)
+        if self.key != key or self.longer.shape[-1] < start + K:
+            bias = prompt.rows(B, call.query.device)
+            free = max(start + K, bias.shape[1]) + _ROOM - bias.shape[1]
+            bias = F.pad(bias, (0, free))[:, None, None] * self.switch(call)[:, None, None]
+            self.key, self.longer = key, bias.to(call.query.dtype)
+        return self.longer[..., start : start + K]
 
 
 # Arithmetic
@@ -178,6 +211,7 @@ class _Prompt:
         self.seen: int | None = None  # None: nobody announced a forward
         self.fed = 0  # keys after it
         self.bias: Tensor | None = None  # (B, prompt), once the prompt's first forward is known
+        self.version = 0  # of `bias`
         self.ready: dict[tuple[Any, ...], Tensor] = {}  # columns of the running forward
 
     def begin(self, seen: int, rows: int, new: int, attention_mask: object) -> None:
@@ -203,6 +237,7 @@ class _Prompt:
             raise ValueError(_MISMATCH.format(T, fed if seen < T < fed else seen))
         if self.bias is None or seen < T:
             self.bias = self._whole(T if exact else fed, rows // B, attention_mask)
+            self.version += 1
         self.seen, self.fed = seen, fed
         self.ready.clear()
 
@@ -230,16 +265,23 @@ class _Prompt:
         bias = torch.cat([bias, outside.expand(B, length - T)], dim=1)
         return bias.masked_fill(first, 0.0)
 
+    def first_key(self, Q: int, K: int) -> int:
+        """Position of the first of K keys: a sliding window keeps the last ones."""
+        seen = K - Q if self.seen is None else self.seen
+        return max(0, seen + Q - K)
+
+    def rows(self, B: int, device: torch.device) -> Tensor:
+        """What is added to the prompt's keys: (B, prompt) float32."""
+        assert self.bias is not None  # begin() came first
+        return self.bias.to(device).repeat_interleave(B // len(self.bias), dim=0)
+
     def column(self, call: Call) -> Tensor:
         """What is added to each key of this call: (B,K) float32."""
         (B, _, Q, _), K = call.query.shape, call.key.shape[2]
         key = (B, Q, K, call.key.device)
         if key not in self.ready:
-            assert self.bias is not None  # begin() came first
-            seen = K - Q if self.seen is None else self.seen
-            held = self.bias[:, max(0, seen + Q - K) :][:, :K]  # a sliding window keeps the last K
-            held = F.pad(held, (0, K - held.shape[1])).to(call.key.device)
-            self.ready[key] = held.repeat_interleave(B // len(held), dim=0)
+            held = self.rows(B, call.key.device)[:, self.first_key(Q, K) :][:, :K]
+            self.ready[key] = F.pad(held, (0, K - held.shape[1]))
         return self.ready[key]
 
 
