@@ -1,0 +1,225 @@
+"""Ratios of steering against not steering, and against two other ways to steer: one process, one
+thread, measured in turn.
+
+    python benchmarks/pasta.py [--quick]
+
+Plain is the model's own SDPA attention. "Full mask" adds log(alpha) to a (B,H,Q,K) mask made in
+every layer; "literal" is equation 2 of PASTA (2311.02262) on materialised weights, as the official
+library does it, on this package's door. Machines shared with others make milliseconds drift; the
+ratios are medians of interleaved rounds, on the clock of the one thread.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from steerkit.attention import Call, Edit, attach
+from steerkit.emphasis import Head, emphasise
+from steerkit.timing import interleaved
+
+ALPHA = 0.01
+Row = tuple[str, str, str, str]  # what, goal, measured, how
+
+
+def span_of(T: int) -> tuple[int, int]:
+    return T // 4, T // 4 + T // 16
+
+
+def heads_of(model: PreTrainedModel) -> list[Head]:
+    """Half of the heads of every layer: no layer keeps the stock call."""
+    config = model.config
+    half = range(0, config.num_attention_heads, 2)
+    return [Head(layer, index) for layer in range(config.num_hidden_layers) for index in half]
+
+
+def factor_of(T: int, K: int) -> Tensor:
+    factor = torch.full((K,), ALPHA)
+    factor[slice(*span_of(T))] = 1.0
+    factor[T:] = 1.0
+    return factor
+
+
+def full_mask(T: int) -> Edit:
+    def edit(call: Call) -> Tensor:
+        (B, H, Q, _), K = call.query.shape, call.key.shape[2]
+        bias = torch.zeros(B, H, Q, K)
+        bias[:, ::2] = factor_of(T, K).log()
+        later = torch.ones(Q, K, dtype=torch.bool).triu(K - Q + 1)
+        call.mask = bias.masked_fill_(later, -math.inf)
+        return call.attend()
+
+    return edit
+
+
+def literal(T: int) -> Edit:
+    def edit(call: Call) -> Tensor:
+        (_, H, Q, _), K = call.query.shape, call.key.shape[2]
+        key, value = (x.repeat_interleave(H // x.shape[1], 1) for x in (call.key, call.value))
+        later = torch.ones(Q, K, dtype=torch.bool).triu(K - Q + 1)
+        scores = call.query @ key.mT * call.scaling
+        weights = scores.masked_fill_(later, -math.inf).softmax(-1)
+        weights[:, ::2] *= factor_of(T, K)
+        weights[:, ::2] /= weights[:, ::2].sum(-1, keepdim=True)
+        return (weights @ value).transpose(1, 2)
+
+    return edit
+
+
+class Ways:
+    """One model per way, each inside its own `with` for good: no switch falls into a measure."""
+
+    def __init__(self, make: Callable[[], PreTrainedModel], T: int, stack: ExitStack) -> None:
+        self.models = {name: make() for name in ("plain", "steered", "full mask", "literal")}
+        model, layers = self.models["steered"], self.models["plain"].config.num_hidden_layers
+        stack.enter_context(emphasise(model, [[span_of(T)]], heads_of(model), alpha=ALPHA))
+        for name, edit in (("full mask", full_mask(T)), ("literal", literal(T))):
+            stack.enter_context(attach(self.models[name], dict.fromkeys(range(layers), edit)))
+
+    def steps(self, run: Callable[[PreTrainedModel], object]) -> dict[str, Callable[[], object]]:
+        return {name: lambda model=model: run(model) for name, model in self.models.items()}
+
+
+@contextmanager
+def ways(make: Callable[[], PreTrainedModel], T: int) -> Iterator[Ways]:
+    with ExitStack() as stack:
+        yield Ways(make, T, stack)
+
+
+def ratios(what: str, seconds: dict[str, float]) -> list[Row]:
+    plain = seconds["plain"]
+    rows = []
+    for name, goal in (("steered", "<= 1.10x"), ("full mask", ""), ("literal", "")):
+        times = f"{1e3 * plain:.2f} -> {1e3 * seconds[name]:.2f} ms"
+        rows.append((f"{what}: {name} / plain", goal, f"{seconds[name] / plain:.2f}x", times))
+    return rows
+
+
+def prefill(make: Callable[[], PreTrainedModel], T: int, ids: Tensor, repeats: int) -> list[Row]:
+    with ways(make, T) as compared:
+        run = compared.steps(lambda model: model(ids[:, :T], use_cache=False, logits_to_keep=1))
+        return ratios(f"prefill, {T} tokens", interleaved(run, repeats=repeats))
+
+
+def decode(make: Callable[[], PreTrainedModel], T: int, ids: Tensor, repeats: int) -> list[Row]:
+    """One token after a prompt of T; the cache grows by one token a step, as in `generate`."""
+    with ways(make, T) as compared:
+        caches = {model: DynamicCache(config=model.config) for model in compared.models.values()}
+        for model, cache in caches.items():
+            model(ids[:, :T], past_key_values=cache, logits_to_keep=1)
+        run = compared.steps(lambda model: model(ids[:, :1], past_key_values=caches[model]))
+        return ratios(f"decode after {T} tokens", interleaved(run, repeats=repeats))
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, Tensor):
+                self.numbers = max(self.numbers, x.numel())
+        return out
+
+
+def memory(make: Callable[[], PreTrainedModel], lengths: list[int], ids: Tensor) -> list[Row]:
+    """The largest tensor of one attention call, in numbers per token: flat, or growing with T."""
+    found: dict[str, list[float]] = {}
+    for T in lengths:
+        with ways(make, T) as compared:
+            for name, model in compared.models.items():
+                with Largest() as largest:
+                    model.base_model(input_ids=ids[:, :T], use_cache=False)
+                found.setdefault(name, []).append(largest.numbers / T)
+    at = " / ".join(f"{T:,}" for T in lengths)
+    rows = []
+    for name, values in found.items():
+        goal = "flat" if name == "steered" else ""
+        flat = "flat" if max(values) <= 1.01 * min(values) else f"{values[-1] / values[0]:.1f}x"
+        listed = " / ".join(f"{value:,.0f}" for value in values)
+        rows.append((f"largest tensor, {at} tokens: {name}", goal, flat, f"{listed} per token"))
+    return rows
+
+
+def same_logits(make: Callable[[], PreTrainedModel], ids: Tensor) -> Row:
+    """What is compared computes the same."""
+    with ways(make, 200) as compared:
+        out = {name: model(ids[:, :200]).logits for name, model in compared.models.items()}
+    gap = max((out["steered"] - out[name]).abs().max().item() for name in ("full mask", "literal"))
+    moved = (out["steered"] - out["plain"]).abs().max().item()
+    assert gap < 1e-4 < moved, f"the ways differ by {gap}, steering moves logits by {moved}"
+    return (
+        "largest difference in logits",
+        "< 1e-4",
+        f"{gap:.0e}",
+        f"steering moves them {moved:.1e}",
+    )
+
+
+def maker(layers: int, width: int, kv_heads: int) -> Callable[[], PreTrainedModel]:
+    heads = max(8, kv_heads)
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=width // heads,
+        max_position_embeddings=8192,
+    )
+
+    def make() -> PreTrainedModel:
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
+    return make
+
+
+@torch.no_grad()
+def measure(quick: bool, layers: int, width: int, kv_heads: int) -> list[Row]:
+    make = maker(layers, width, kv_heads)
+    ids = torch.randint(2048, (1, 8192), generator=torch.Generator().manual_seed(0))
+    repeats = 2 if quick else 15
+    rows = [same_logits(make, ids)]
+    for T in (64, 128) if quick else (512, 2048):
+        rows += prefill(make, T, ids, repeats)
+        rows += decode(make, T, ids, 8 * repeats)
+    return rows + memory(make, [128, 256] if quick else [512, 1024, 2048], ids)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, for the test suite")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--kv-heads", type=int, default=8, help="of 8; fewer share keys")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = measure(options.quick, options.layers, options.width, options.kv_heads)
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    print(
+        f"Llama, {options.layers} layers x {options.width}, 8 heads, {options.kv_heads} key/value "
+        "heads, half of the heads steered in every layer, float32, one CPU thread"
+    )
+    for row in [("what", "goal", "measured", "how"), *rows]:
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+
+
+if __name__ == "__main__":
+    main()
