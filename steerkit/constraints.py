@@ -1,19 +1,37 @@
-"""Instructions whose obedience a program can verify: the tiny world's eight families."""
+"""Instructions whose obedience a program can verify.
+
+Two tables: "world", the eight families of the tiny world (data/world.json), and "real", families of
+the Llama 2 paper's appendix A.3.5 and formats for real chat models (data/constraints.json).
+"""
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from steerkit.models import DATA
 
 TABLES: dict = json.loads((DATA / "world.json").read_text(encoding="utf-8"))
+REAL: dict = json.loads((DATA / "constraints.json").read_text(encoding="utf-8"))
 FAMILIES = ("language", "figure", "hobby", "capitals", "ending", "json", "emoji", "pronoun")
+REAL_FAMILIES = tuple(REAL["instructions"])
 EXCLUSIVE = frozenset(frozenset(pair) for pair in TABLES["exclusive"])
 HELD_OUT_PAIRS = frozenset(frozenset(pair) for pair in TABLES["held_out_pairs"])
 # Pairs that training shows in its second part only: after the first one the model obeyed none of
 # them (figures' names were words it had never seen in capitals), so they cannot be held out.
 LATE_PAIRS = frozenset(frozenset(pair) for pair in TABLES["late_pairs"])
+_TABLES = {"world": TABLES, "real": REAL}
+
+
+class Probe(NamedTuple):
+    """A recall probe (Llama 2, Table 30): a question about the instruction, and what to expect.
+
+    `told` is the answer in full where the table knows one; `untold` the one without instruction.
+    """
+
+    question: str
+    told: str
+    untold: str
 
 
 class Constraint(NamedTuple):
@@ -21,30 +39,79 @@ class Constraint(NamedTuple):
 
     family: str
     value: str
+    table: str = "world"
 
     def texts(self) -> list[str]:
         """All ways to say it; the last one is the short form ("Language: French.")."""
-        forms = TABLES["instructions"][self.family]
+        forms = _TABLES[self.table]["instructions"][self.family]
         return [form.format(v=self.value) for form in [*forms["long"], forms["short"]]]
+
+    @property
+    def long(self) -> str:
+        """The first long form ("Always act as Napoleon from now on.")."""
+        return self.texts()[0]
+
+    @property
+    def short(self) -> str:
+        """The short form ("Figure: Napoleon.")."""
+        return self.texts()[-1]
+
+    @property
+    def probe(self) -> Probe | None:
+        """The question about this instruction; None for families without one."""
+        texts = _TABLES[self.table]["probes"].get(self.family)
+        return None if texts is None else Probe(texts[0], texts[1].format(v=self.value), texts[2])
 
     def obeyed(self, reply: str) -> bool:
         """Does the reply satisfy the instruction?"""
-        return VERIFIERS[self.family](reply.strip(), self.value)
+        verifiers = VERIFIERS if self.table == "world" else REAL_VERIFIERS
+        return verifiers[self.family](reply.strip(), self.value)
+
+    def recalled(self, reply: str) -> bool:
+        """Does an answer to the probe name the instruction's value?"""
+        return re.search(rf"(?<!\w){re.escape(self.value)}(?!\w)", reply, re.IGNORECASE) is not None
 
 
-def values(family: str) -> list[str]:
-    """Every value of a family in the tiny world."""
+def values(family: str, table: str = "world") -> list[str]:
+    """Every value of a family."""
+    if table == "real":
+        return REAL["values"].get(family, [""])
     tables = {"language": [x for x in TABLES["languages"] if x != "English"]}
     tables |= {"figure": TABLES["figures"], "hobby": TABLES["hobbies"]}
     tables |= {"ending": TABLES["endings"], "emoji": TABLES["emoji"]}
     return tables.get(family, [""])
 
 
-def compatible(families: Iterable[str]) -> bool:
+def compatible(families: Iterable[str], table: str = "world") -> bool:
     """May these families be asked for together? (A JSON reply cannot end with a given word.)"""
     families = list(families)
     pairs = {frozenset((a, b)) for a in families for b in families if a != b}
-    return len(set(families)) == len(families) and not pairs & EXCLUSIVE
+    exclusive = {frozenset(pair) for pair in _TABLES[table]["exclusive"]}
+    return len(set(families)) == len(families) and not pairs & exclusive
+
+
+def check_together(constraints: Sequence[Constraint]) -> None:
+    """ValueError for a pair that no reply can obey: two of one family, or two that exclude."""
+    for i, a in enumerate(constraints):
+        for b in constraints[:i]:
+            if a.table != b.table or not compatible((a.family, b.family), a.table):
+                raise ValueError(
+                    f'"{b.short}" and "{a.short}" contradict each other: no reply obeys both; '
+                    "drop one (data/*.json, `exclusive`, lists such pairs)"
+                )
+
+
+def parse_list(text: str) -> list[str]:
+    """Items of a list as chat models write them: one a line, or by commas; numbers, bullets and
+    what follows a colon or a dash fall away; no item twice."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    parts = lines if len(lines) > 1 else text.split(",")
+    items = (re.sub(r"^\s*(?:\d+[.)]|[-*•])?\s*", "", part) for part in parts)
+    items = (re.split(r":| [-–—] ", item)[0].strip(" .*\t") for item in items)
+    return list(dict.fromkeys(item for item in items if 0 < len(item) <= 40))
+
+
+# Verifiers: (reply, value) -> obeyed. First the tiny world's.
 
 
 def _speaks(reply: str, language: str) -> bool:
@@ -86,4 +153,66 @@ VERIFIERS: dict[str, Callable[[str, str], bool]] = {
         bool(re.search(r"\bthey\b", reply, re.IGNORECASE))
         and not re.search(r"\b(she|he)\b", reply, re.IGNORECASE)
     ),
+}
+
+
+# Those of real chat models. Where IFEval (arXiv 2311.07911) has the same instruction, its
+# definition is followed: all capitals, no comma, end phrase, JSON (a code fence is allowed).
+
+
+def main_language(text: str) -> str | None:
+    """The language most of whose function words (data/constraints.json) stand in the text; None
+    when they are below a tenth of all words, or when two languages are level."""
+    words = re.findall(r"[^\W\d_]+", text.casefold())
+    counts = {name: sum(w in known for w in words) for name, known in _FUNCTION_WORDS.items()}
+    best, second = sorted(counts.values(), reverse=True)[:2]
+    if best == second or best < max(1, len(words) / 10):
+        return None
+    return max(counts, key=counts.__getitem__)
+
+
+def _fenced_json(reply: str, _: str) -> bool:
+    text = re.sub(r"^```(?:json)?\s*|\s*```$", "", reply.strip(), flags=re.IGNORECASE)
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _sentences(reply: str) -> int:
+    # An abbreviation's full stop is followed by a word in small letters; a decimal's by a digit.
+    return len(re.findall(r"[.!?…]+(?=[\"')\]]*(?:\s+[^a-z\s]|\s*$))", reply.strip()))
+
+
+def _emoji_only(reply: str, _: str) -> bool:
+    kept = re.sub(r"[\s\u200d\ufe0e\ufe0f\u20e3]", "", reply)
+    return bool(kept) and all(_is_emoji(ord(char)) for char in kept)
+
+
+def _is_emoji(code: int) -> bool:
+    return 0x1F000 <= code <= 0x1FAFF or 0x2600 <= code <= 0x27BF or 0x2B00 <= code <= 0x2BFF
+
+
+def _mentions(reply: str, value: str) -> bool:
+    """The value's stem is there: "chess" in "chessboard", "swimming" in "I swim"."""
+    stem = re.sub(r"(?<=\w{4})ing$", "", value.casefold())
+    stem = re.sub(r"([b-df-hj-np-tv-z])\1$", r"\1", stem) if stem != value.casefold() else stem
+    return re.search(rf"(?<!\w){re.escape(stem)}", reply.casefold()) is not None
+
+
+_FUNCTION_WORDS = {name: set(words.split()) for name, words in REAL["function_words"].items()}
+REAL_VERIFIERS: dict[str, Callable[[str, str], bool]] = {
+    "hobby": _mentions,
+    "language": lambda reply, v: main_language(reply) == v,
+    "figure": lambda reply, v: v.casefold() in reply.casefold(),
+    "capitals": lambda reply, _: reply.isupper(),
+    "lowercase": lambda reply, _: reply.islower(),
+    "ending": lambda reply, v: reply.strip('"').rstrip(".!?").casefold().endswith(v.casefold()),
+    "one sentence": lambda reply, _: _sentences(reply) == 1,
+    "no comma": lambda reply, _: "," not in reply and bool(reply),
+    "json": _fenced_json,
+    "haiku": lambda reply, _: len([x for x in reply.splitlines() if x.strip()]) == 3,
+    "emoji only": _emoji_only,
+    "quotation": lambda reply, _: len(reply) > 2 and reply[0] == reply[-1] == '"',
 }

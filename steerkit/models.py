@@ -1,5 +1,6 @@
 """Load a model: the embedded ones, a hub id, or a local directory; one path for all."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,12 +24,16 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model in eval mode, and its tokenizer.
 
-    `name` is an embedded model ("tiny", "tiny-stream"), a local directory, or a hub id. `device`
-    "auto" is CUDA when present; `dtype` "auto" is the checkpoint's own on CUDA, float32 on a CPU.
+    `name` is an embedded model ("tiny", "tiny-stream", "tiny-gatt"), a local directory, or a hub
+    id. A directory with an adapter (PEFT's `adapter_config.json`) gives its base with the adapter
+    merged into the weights. `device` "auto" is CUDA when present; `dtype` "auto" is the
+    checkpoint's own on CUDA, float32 on a CPU.
     Raises ValueError in one line for what cannot be loaded; never runs code from a checkpoint, and
     reads safetensors only.
     """
     place, source = resolve_device(device), _source(name)
+    if (Path(source) / "adapter_config.json").exists():
+        return _with_adapter(name, Path(source), device=device, dtype=dtype)
     quiet = sum(f.stat().st_size for f in Path(source).glob("*.safetensors")) in range(1, 10**8)
     if dtype == "auto" and place.type == "cpu":
         dtype = torch.float32
@@ -46,6 +51,26 @@ def load(
             "take a Llama, Mistral, Qwen, Gemma, Phi or GPT-NeoX checkpoint"
         )
     return model.to(place).eval(), tokenizer
+
+
+def _with_adapter(
+    name: str | os.PathLike, folder: Path, *, device: str, dtype: str | torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base that the adapter names (embedded, a directory or a hub id), merged with it."""
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError(f"{name}: an adapter needs peft: `pip install -e .[gatt]`") from error
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        model, tokenizer = load(base["base_model_name_or_path"], device=device, dtype=dtype)
+        merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except (OSError, KeyError, RuntimeError, TypeError, json.JSONDecodeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(
+            f"{name}: the adapter cannot be put on its base model ({first}); was it trained on it?"
+        ) from error
+    return merged.eval(), tokenizer
 
 
 @contextmanager
@@ -82,9 +107,14 @@ def embedded() -> list[str]:
     return sorted(p.parent.name for p in DATA.glob("*/config.json"))
 
 
+def adapters() -> list[str]:
+    """Names of the adapters that ship in data/."""
+    return sorted(p.parent.name for p in DATA.glob("*/adapter_config.json"))
+
+
 def _source(name: str | os.PathLike) -> str:
     """A directory to read, or a hub id; empty and missing directories end here."""
-    if str(name) in embedded():
+    if str(name) in [*embedded(), *adapters()]:
         return str(DATA / str(name))
     path = Path(name)
     if path.is_dir():
@@ -92,12 +122,13 @@ def _source(name: str | os.PathLike) -> str:
     elif path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
         raise ValueError(f"{name}: no such directory; give a checkpoint's directory or a hub id")
     elif "/" not in str(name) and str(name).startswith("tiny"):
-        raise ValueError(f"{name}: no such embedded model; there are {', '.join(embedded())}")
+        known = ", ".join([*embedded(), *adapters()])
+        raise ValueError(f"{name}: no such embedded model; there are {known}")
     return str(name)
 
 
 def _check_directory(path: Path) -> None:
-    if not (path / "config.json").exists():
+    if not any((path / f).exists() for f in ("config.json", "adapter_config.json")):
         raise ValueError(f"{path}: no config.json in it; is this a checkpoint's directory?")
     if not any(path.glob("*.safetensors")):
         pickles = sorted(

@@ -1,0 +1,213 @@
+"""The arms of notebook 01 on the embedded model: sampled, trained, measured, and stored.
+
+`python -m steerkit.gatt_arms run --out DIR` makes all of them, one JSON file per arm and seed, and
+goes on where it was stopped; `collect` joins the files into data/gatt_results.json, `ship` copies
+one seed's GAtt adapter to data/tiny-gatt.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerkit import gates, gatt, gatt_eval
+from steerkit.constraints import FAMILIES
+from steerkit.gatt_training import Settings, train
+from steerkit.models import DATA, load
+from steerkit.results import data_file, versions, write_bytes, write_json
+
+ARMS = ("base", "every turn", "all turns", "gatt", "dpo", "unseen families")
+UNSEEN = ("hobby", "json")  # kept out of the arm "unseen families", and measured there
+PROBE_TURNS = (2, 4, 6, 20)  # Table 30
+SETTINGS = Settings()
+DIALOGUES = 96
+CANDIDATES = 2
+PROBES = 0.1  # share of user messages that ask for the instruction, while sampling
+N = {"gatt": 22, "unseen families": 22}  # dialogues per family and split of one seed; others: 8
+
+
+def settings_of(arm: str, seed: int) -> Settings:
+    """DPO moves further per step: a smaller learning rate, fewer rows at a time."""
+    if arm == "dpo":
+        return replace(SETTINGS, lr=1e-3, seed=seed)
+    return replace(SETTINGS, seed=seed)
+
+
+def sample_arm(
+    arm: str, model: gatt.Model, tokenizer: gatt.Tokenizer, seed: int, **options: Any
+) -> list[gatt.Sample]:
+    """The dialogues that the arms of one seed share; those of unseen families apart."""
+    # Languages thrice: to hold one that was never trained on is the hardest of what is asked.
+    families = [*FAMILIES, "language", "language"]
+    if arm == "unseen families":
+        families = [f for f in families if f not in UNSEEN]
+    rng = random.Random(f"plans {seed}")
+    number = options.pop("dialogues", DIALOGUES)
+    drawn = [gatt.draw(rng, families=families) for _ in range(number)]
+    plans = [gatt.make_plan(rng, given, probes=PROBES) for given in drawn]
+    return gatt.sample(model, tokenizer, plans, candidates=CANDIDATES, seed=seed, **options)
+
+
+def rows_of(
+    arm: str,
+    model: gatt.Model,
+    tokenizer: gatt.Tokenizer,
+    samples: Sequence[gatt.Sample],
+    seed: int,
+) -> list[gatt.Row]:
+    """Training rows of an arm, from the same dialogues and the same turns."""
+    if arm == "dpo":
+        return gatt.make_pairs(model, tokenizer, samples, seed=seed)
+    rows = gatt.make_rows(samples, seed=seed)
+    return gatt.make_all_turns_rows(rows) if arm == "all turns" else rows
+
+
+def evaluation_plans(
+    seed: int, n: int, *, held_out: bool, families: Sequence[str] = FAMILIES, turns: int = 20
+) -> list[gatt.Plan]:
+    """`n` dialogues of one instruction for each family that has such values."""
+    rng = random.Random(f"evaluation {seed} {held_out}")
+    fit = [f for f in families if gatt.split_values(f)[held_out]]
+    drawn = [gatt.draw(rng, families=[f], held_out=held_out) for f in fit for _ in range(n)]
+    return [gatt.make_plan(rng, given, turns=turns) for given in drawn]
+
+
+def measure(
+    arm: str, model: gatt.Model, tokenizer: gatt.Tokenizer, seed: int, *, n: int, side: bool = True
+) -> dict[str, Any]:
+    """All that notebook 01 shows of one model: 0/1 rows as strings, so that it can resample them.
+
+    `n` dialogues per family and split; `side` adds side effects, histories and the KL divergence.
+    """
+    families = UNSEEN if arm == "unseen families" else FAMILIES
+    every = arm == "every turn"
+    found: dict[str, Any] = {"cells": {}}
+    for split in ("seen", "held-out"):
+        plans = evaluation_plans(seed, n, held_out=split == "held-out", families=families)
+        if not plans:
+            continue
+        rows = gatt_eval.adherence_by_turn(
+            model, tokenizer, plans, every=every, probe_turns=PROBE_TURNS
+        )
+        found["cells"][split] = {
+            "family": [p.constraints[0].family for p in plans],
+            "obeyed": pack(rows.obeyed),
+            "right": pack(rows.right),
+            "recalled": pack(rows.recalled),
+        }
+    if side:
+        found |= _side_effects(model, tokenizer, seed, every)
+    return found
+
+
+def _side_effects(
+    model: gatt.Model, tokenizer: gatt.Tokenizer, seed: int, every: bool
+) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "facts": pack(gates.facts(model, tokenizer)[:, None]),
+        "leak": pack(gatt_eval.leak(model, tokenizer, n=32, seed=seed)),
+        "untold": pack(gatt_eval.untold(model, tokenizer, seed=seed)[:, None]),
+        "perplexity": gatt_eval.perplexity(model, tokenizer),
+    }
+    for name, forced in (("neutral", gatt_eval.neutral), ("competing", gatt_eval.competing)):
+        families = [f for f in FAMILIES if name == "neutral" or len(gatt.values(f)) > 1]
+        plans = evaluation_plans(seed, 24 // len(families), held_out=False, families=families)
+        rows = gatt_eval.adherence_by_turn(model, tokenizer, plans, every=every, forced=forced)
+        found[name] = pack(rows.obeyed)
+    return found
+
+
+def pack(rows: Tensor) -> list[str]:
+    """(N, T) of 0, 1 and NaN -> one string a row: "0", "1", "-"."""
+    return ["".join("-" if x != x else str(int(x)) for x in row) for row in rows.tolist()]
+
+
+def unpack(rows: Sequence[str]) -> Tensor:
+    """The inverse of `pack`."""
+    return torch.tensor([[torch.nan if x == "-" else float(x) for x in row] for row in rows])
+
+
+def run_arm(arm: str, seed: int, out: Path, *, progress: bool = True) -> dict[str, Any]:
+    """One arm with one seed, its record written to `out`; read from there if it is complete."""
+    path = out / f"{arm.replace(' ', '-')}-{seed}.json"
+    base, tokenizer = load("tiny")
+    settings = settings_of(arm, seed)
+    wanted = {"arm": arm, "seed": seed, "base": fingerprint(base), "settings": asdict(settings)}
+    wanted |= {"dialogues": DIALOGUES, "candidates": CANDIDATES, "probes": PROBES}
+    if path.exists():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if all(record.get(k) == v for k, v in wanted.items()):
+            return record
+    start, log = time.perf_counter(), []
+    model = base
+    if arm not in ("base", "every turn"):
+        name = "unseen" if arm == "unseen families" else "samples"
+        file = out / f"{name}-{seed}.jsonl"
+        samples = sample_arm(arm, base, tokenizer, seed, out=file, progress=progress)
+        wanted["sampled_s"] = time.perf_counter() - start
+        rows = rows_of(arm, base, tokenizer, samples, seed)
+        folder = out / path.stem
+        model, log = train(base, tokenizer, rows, out=folder, settings=settings, progress=progress)
+        wanted |= {"rows": len(rows), "good": sum(sum(s.good) for s in samples)}
+    trained = time.perf_counter() - start
+    found = measure(arm, model, tokenizer, seed, n=N.get(arm, 8), side=arm != "unseen families")
+    seconds = {"trained_s": trained, "measured_s": time.perf_counter() - start - trained}
+    record = wanted | seconds | {"log": log, "versions": versions()} | found
+    write_json(path, record)
+    return record
+
+
+def fingerprint(model: gatt.Model) -> str:
+    """A short name for a model's weights: the norms of its first and last matrix."""
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    return " ".join(f"{p.double().norm().item():.6f}" for p in (matrices[0], matrices[-1]))
+
+
+def records(path: Path | None = None) -> list[dict[str, Any]]:
+    """The stored records: one per arm and seed."""
+    path = data_file("gatt_results.json") if path is None else path
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def ship(folder: Path, target: Path) -> None:
+    """Copy a trained adapter and its parameters to `target`."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        write_bytes(target / name, (folder / name).read_bytes())
+    write_bytes(target / "training.json", (folder / "run.json").read_bytes())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m steerkit.gatt_arms run | collect | ship --out DIR`."""
+    parser = argparse.ArgumentParser(prog="python -m steerkit.gatt_arms", description=__doc__)
+    parser.add_argument("command", choices=("run", "collect", "ship"))
+    parser.add_argument("--out", type=Path, required=True, help="samples, adapters and records")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    found: list[dict[str, Any]] = []
+    if args.command == "ship":
+        ship(args.out / f"gatt-{args.seeds[0]}", DATA / "tiny-gatt")
+        return
+    for seed in args.seeds:
+        for arm in args.arms:
+            if args.command == "run":
+                run_arm(arm, seed, args.out)
+            else:
+                path = args.out / f"{arm.replace(' ', '-')}-{seed}.json"
+                found.append(json.loads(path.read_text(encoding="utf-8")))
+    if found:
+        text = ",\n".join(json.dumps(record, ensure_ascii=False) for record in found)
+        (DATA / "gatt_results.json").write_text(f"[\n{text}\n]\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
