@@ -68,8 +68,8 @@ def find_spans(
     found = [span for span in covering if _same(text.decode(*span), wanted)]
     if covering and not found:
         raise ValueError(
-            f"{wanted!r} shares tokens with its neighbours: its tokens read "
-            f"{text.decode(*covering[0])!r}; take that as the phrase"
+            f"{wanted!r} does not end where tokens end: its tokens read "
+            f"{text.decode(*covering[0])!r}; take those words as the phrase"
         )
     if not found:
         raise ValueError(f"{wanted!r} is not in the prompt {_short(text.text[first:last])!r}")
@@ -200,7 +200,8 @@ def _checked(text: _Text, start: int, end: int) -> tuple[int, int]:
     span = text.covering(start, end)
     if not wanted.strip() or not _same(text.decode(*span), wanted):
         raise ValueError(
-            f"{wanted!r} does not end where tokens end: its tokens read {text.decode(*span)!r}"
+            f"{wanted!r} does not end where tokens end: its tokens read {text.decode(*span)!r}; "
+            "take those words"
         )
     return span
 

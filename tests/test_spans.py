@@ -1,0 +1,201 @@
+"""Spans from text: brute force over all token ranges decides what the right answer is."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import ByteLevel as ByteLevelOffsets
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from steerkit.chat import Message, prompt
+from steerkit.spans import encode, find_span, find_spans, message_span, read_marks
+
+TEXT = (
+    "Reply in French.\n\nAnna likes tea, and the steak tastes of tea. Ça coûte 5 € 😀 naïve. "
+    "你好, 世界! Reply in capitals: tea"
+)
+TRIMMED = (
+    "{% for m in messages %}[{{ m['role'] }}]\n{{ m['content'] | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+)
+DIALOGUE = [
+    Message("system", "Reply in French."),
+    Message("user", "Where does Anna live? Reply in French."),
+    Message("assistant", "Anna lives in Rome."),
+    Message("user", "What does Anna like?"),
+]
+
+
+def embedded() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(Path(__file__).parent.parent / "data" / "tiny")
+
+
+def bytes_trimmed() -> PreTrainedTokenizerBase:
+    """Byte-level BPE as GPT-2's: offsets leave the space in front of a word out."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder, made.post_processor = decoders.ByteLevel(), ByteLevelOffsets(trim_offsets=True)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator([TEXT, "tea steak Reply in French"] * 9, trainer)
+    return wrapped(made)
+
+
+def pieces() -> PreTrainedTokenizerBase:
+    """Pieces with a leading mark for the space, as Llama's, and a first token added by itself."""
+    made = Tokenizer(models.Unigram([("<s>", 0.0), ("<unk>", -9.0)], unk_id=1))
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=250, special_tokens=["<s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    made.train_from_iterator([TEXT, *(m.content for m in DIALOGUE), TRIMMED] * 9, trainer)
+    made.post_processor = TemplateProcessing("<s> $0", special_tokens=[("<s>", 0)])
+    return wrapped(made)
+
+
+def wrapped(made: Tokenizer) -> PreTrainedTokenizerBase:
+    out = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<s>")
+    out.chat_template = TRIMMED
+    return out
+
+
+@pytest.fixture(scope="module", params=[embedded, bytes_trimmed, pieces])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    return request.param()
+
+
+def brute_force(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], phrase: str
+) -> list[tuple[int, int]]:
+    """Every token range that decodes to the phrase and would not if it were shorter."""
+    n = len(ids)
+    reads = {
+        (a, b): tokenizer.decode(ids[a:b]).strip() == phrase
+        for a in range(n)
+        for b in range(a + 1, min(n, a + 30) + 1)
+    }
+    return [
+        (a, b)
+        for (a, b), same in reads.items()
+        if same and not reads.get((a + 1, b)) and not reads.get((a, b - 1))
+    ]
+
+
+@pytest.mark.parametrize("phrase", ["Reply in French.", "tea", "Ça coûte", "😀", "世界", "naïve"])
+def test_a_phrase_is_every_token_range_that_decodes_to_it(
+    tokenizer: PreTrainedTokenizerBase, phrase: str
+) -> None:
+    ids = tokenizer(TEXT)["input_ids"]
+    wanted = brute_force(tokenizer, ids, phrase)
+    assert find_spans(tokenizer, TEXT, phrase) == wanted
+    assert len(wanted) == (TEXT.count(phrase) - TEXT.count("s" + phrase) or 1)
+
+
+def test_the_nth_occurrence_counts_from_both_ends(tokenizer: PreTrainedTokenizerBase) -> None:
+    spans = find_spans(tokenizer, TEXT, " tea ")
+    assert len(spans) == 3
+    assert find_span(tokenizer, TEXT, "tea", occurrence=1) == spans[1]
+    assert find_span(tokenizer, TEXT, "tea", occurrence=-1) == spans[2]
+
+
+def test_a_message_is_its_content_without_the_template_s_marks(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    ids = prompt(tokenizer, DIALOGUE)
+    for index, message in enumerate(DIALOGUE):
+        start, end = message_span(tokenizer, DIALOGUE, index)
+        assert tokenizer.decode(ids[start:end]).strip() == message.content
+        assert (start, end) in brute_force(tokenizer, ids, message.content)
+    assert message_span(tokenizer, DIALOGUE, -1) == message_span(tokenizer, DIALOGUE, 3)
+
+
+def test_a_phrase_of_one_message(tokenizer: PreTrainedTokenizerBase) -> None:
+    first, second = find_spans(tokenizer, DIALOGUE, "Reply in French.")
+    assert find_span(tokenizer, DIALOGUE, "Reply in French.", message=0) == first
+    assert find_span(tokenizer, DIALOGUE, "Reply in French.", message=-3) == second
+    with pytest.raises(ValueError, match="not in the prompt"):
+        find_span(tokenizer, DIALOGUE, "Reply in French.", message=3)
+
+
+def test_equal_messages_are_told_apart(tokenizer: PreTrainedTokenizerBase) -> None:
+    twice = [DIALOGUE[3], DIALOGUE[2], DIALOGUE[3]]
+    ids = prompt(tokenizer, twice)
+    spans = [message_span(tokenizer, twice, index) for index in (0, 2)]
+    assert spans == brute_force(tokenizer, ids, DIALOGUE[3].content)
+
+
+def test_marks_are_stripped_and_what_they_held_is_found(tokenizer: PreTrainedTokenizerBase) -> None:
+    marked = TEXT.replace("Reply in French.", "**Reply in French.**")
+    marked = marked.replace(": tea", ": <em>tea</em>")
+    plain, spans = read_marks(tokenizer, marked)
+    assert plain == TEXT
+    found = [find_spans(tokenizer, TEXT, phrase)[-1] for phrase in ("Reply in French.", "tea")]
+    assert spans == found
+
+
+def test_marks_in_messages(tokenizer: PreTrainedTokenizerBase) -> None:
+    marked = [m._replace(content=m.content.replace("Anna", "<em>Anna</em>")) for m in DIALOGUE]
+    plain, spans = read_marks(tokenizer, marked)
+    assert plain == DIALOGUE
+    assert spans == find_spans(tokenizer, DIALOGUE, "Anna") and len(spans) == 3
+
+
+def test_a_batch_is_padded_on_the_left_and_its_spans_with_it(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    prompts = [TEXT, "Anna likes tea", DIALOGUE]
+    phrases = ["Reply in French.", "tea", "What does Anna like?"]
+    spans = [[find_span(tokenizer, p, x)] for p, x in zip(prompts, phrases, strict=True)]
+    inputs, moved = encode(tokenizer, prompts, spans)
+    for ids, real, [(start, end)], phrase in zip(
+        inputs["input_ids"], inputs["attention_mask"], moved, phrases, strict=True
+    ):
+        assert tokenizer.decode(ids[start:end]).strip() == phrase
+        assert real[start:end].all() and torch.equal(real, real.sort().values)
+    assert inputs["input_ids"][2].tolist()[-len(prompt(tokenizer, DIALOGUE)) :] == prompt(
+        tokenizer, DIALOGUE
+    )
+
+
+class Slow:
+    is_fast = False
+
+
+def lossy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A template that shows the first message twice, and no other."""
+    tokenizer.chat_template = "{{ messages[0]['content'] }} {{ messages[0]['content'] }}"
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t: find_span(t, TEXT, "coffee"), "'coffee' is not in the prompt 'Reply in"),
+        (lambda t: find_span(t, TEXT, "tea"), r"3 times: choose one by occurrence=0 to 2"),
+        (lambda t: find_span(t, TEXT, "tea", occurrence=3), "occurrence=3: .* 3 times"),
+        (lambda t: find_span(t, TEXT, "tea", occurrence=-4), "occurrence=-4"),
+        (lambda t: find_span(t, TEXT, "  "), "is empty"),
+        (lambda t: find_span(t, TEXT, "eply in Frenc"), "its tokens read ' ?Reply in French'"),
+        (lambda t: find_span(t, TEXT, "tea", message=0), "expected a list of messages"),
+        (lambda t: message_span(t, DIALOGUE, 4), "message 4: .* one of 4"),
+        (lambda t: message_span(lossy(embedded()), DIALOGUE, 1), "message 1: the chat template"),
+        (lambda t: message_span(lossy(embedded()), DIALOGUE, 0), "message 0: the chat template"),
+        (lambda t: read_marks(t, TEXT), "no marks in .*<em>"),
+        (lambda t: read_marks(t, "one ** two"), r"'\*\*' without a partner"),
+        (lambda t: read_marks(t, "**a** b</em>"), "'</em>' without a partner"),
+        (lambda t: read_marks(t, "a <em>b <em>c</em>"), "'<em>' without a partner"),
+        (lambda t: read_marks(t, "**a** ****"), "empty"),
+        (lambda t: read_marks(t, "R**eply** now"), "'eply' does not end where tokens end"),
+        (lambda t: encode(t, [TEXT], []), "1 prompts, spans for 0"),
+        (lambda t: find_span(Slow(), TEXT, "tea"), "Slow does not say .* fast tokenizer"),
+    ],
+)
+def test_bad_input_is_one_clear_error(
+    call: Callable[[PreTrainedTokenizerBase], object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(embedded())
