@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from steerkit.attention import Rows, record_rows, softmax_off_by_one, value_norms
-from steerkit.results import data_file
+from steerkit.results import data_file, write_bytes
 from steerkit.streaming import recomputed_losses, token_losses
 from steerkit.training import Batches, fit
 
@@ -93,6 +93,8 @@ def is_trigger(recipe: Recipe, ids: Tensor) -> Tensor:
 
 def sample(recipe: Recipe, B: int, T: int, *, seed: int) -> Tensor:
     """Crops of the endless stream, ids (B, T): no first token in front, equal for equal seeds."""
+    if B < 1 or T < 1:
+        raise ValueError(f"B={B}, T={T}: expected at least one sequence of one token")
     cumulative, draw = chain(recipe).cumsum(-1), torch.Generator().manual_seed(seed)
     warm = 8  # forget the start: an idle token, for two triggers in a row would copy for ever
     before = now = torch.randint(recipe.triggers, recipe.tokens, (B,), generator=draw)
@@ -255,7 +257,7 @@ def train(name: str, seed: int, out: Path, *, progress: bool = True) -> None:
     """Train RUNS[name] into out/<name>-seed<seed>/: log, weights, for seed 0 of the learnable sink
     also the SNAPSHOTS. A killed training continues; a finished one is left alone.
     """
-    recipe = replace(RUNS[name], seed=seed)
+    recipe = _recipe(name, seed)
     folder = Path(out) / folder_name(name, seed)
     if (folder / f"step-{recipe.steps}.safetensors").exists():
         return
@@ -265,7 +267,7 @@ def train(name: str, seed: int, out: Path, *, progress: bool = True) -> None:
     def snapshot(step: int, model: PreTrainedModel) -> None:
         if step in wanted or step == recipe.steps:
             weights = {k: p.detach().half() for k, p in model.named_parameters()}
-            save_file(weights, folder / f"step-{step}.safetensors")
+            write_bytes(folder / f"step-{step}.safetensors", save(weights))
 
     with architecture(recipe, model):
         fit(model, batches(recipe), **settings(recipe), out=folder, every=200, callback=snapshot,
@@ -284,6 +286,12 @@ def settings(recipe: Recipe) -> dict[str, float]:
     }
 
 
+def _recipe(name: str, seed: int) -> Recipe:
+    if name not in RUNS:
+        raise ValueError(f"run {name!r}: expected one of {', '.join(RUNS)}")
+    return replace(RUNS[name], seed=seed)
+
+
 def folder_name(name: str, seed: int) -> str:
     """The folder of one shipped run."""
     return f"{name.replace(', ', '-').replace(' ', '_')}-seed{seed}"
@@ -296,9 +304,7 @@ def load_run(
 
     Raises ValueError for an unknown name, FileNotFoundError if that run or step is not stored.
     """
-    if name not in RUNS:
-        raise ValueError(f"run {name!r}: expected one of {', '.join(RUNS)}")
-    recipe = replace(RUNS[name], seed=seed)
+    recipe = _recipe(name, seed)
     folder = data_file("backcopy") if folder is None else Path(folder)
     path = folder / folder_name(name, seed) / f"step-{step or recipe.steps}.safetensors"
     if not path.exists():

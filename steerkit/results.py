@@ -31,6 +31,8 @@ def data_file(name: str) -> Path:
 def figures_dir(profile: str, notebook: str) -> Path:
     """Where `notebook` writes under `profile`: ../figures/<profile>/<notebook>, or the same below
     the folder that the environment variable STEERKIT_FIGURES names (`steerkit run --figures`)."""
+    for name in (profile, notebook):
+        _refuse_folders(name)
     return Path(os.environ.get("STEERKIT_FIGURES", "../figures")) / profile / notebook
 
 
@@ -101,8 +103,7 @@ def save_claim(
     model: str,
 ) -> dict[str, Any]:
     """Write out/<name>.claim.json and return it; `holds` is computed by the caller, never typed."""
-    if not name or Path(name).name != name:
-        raise ValueError(f"name={name!r}: expected a plain file name without folders")
+    _refuse_folders(name)
     row = {
         "claim": claim,
         "paper": paper,
@@ -117,6 +118,12 @@ def save_claim(
     }
     write_json(Path(out) / f"{name}.claim.json", row)
     return row
+
+
+def _refuse_folders(name: str) -> None:
+    """What is written under a name stays in the folder that it was meant for."""
+    if not name or name == ".." or Path(name).name != name:
+        raise ValueError(f"name={name!r}: expected a plain file name without folders")
 
 
 def collect(figures: Path, profile: str, *, since: float = 0.0) -> list[dict[str, Any]]:

@@ -264,6 +264,9 @@ class SinkCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, *, sinks: int = 4, window: int = 1020) -> None:
+        for name, value in {"sinks": sinks, "window": window}.items():
+            if not isinstance(value, int):
+                raise ValueError(f"{name}={value!r}: expected a whole number of tokens")
         if sinks < 0:
             raise ValueError(
                 f"sinks={sinks}: expected 0 (window attention) or more (4 in the paper)"

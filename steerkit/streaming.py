@@ -163,6 +163,8 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
     """A stream is (B,T) token ids of this vocabulary, T >= 2. Raises ValueError."""
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"ids are a {type(ids).__name__}: expected a tensor of token ids (B, T)")
     if ids.ndim != 2:
         raise ValueError(
             f"ids of shape {tuple(ids.shape)}: expected (B, T); add the batch axis with ids[None]"
@@ -229,6 +231,8 @@ def stream_chat(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
+    if isinstance(messages, str):  # its characters would each be a message
+        raise ValueError(f"messages={messages[:40]!r}: expected several texts; put it into a list")
     opening, between = _turn_texts(tokenizer, system)
     cache = SinkCache(model, sinks=sinks, window=window)
     stops = _stop_ids(model, tokenizer)
