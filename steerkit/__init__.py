@@ -13,8 +13,10 @@ from steerkit.attention import (
 from steerkit.chat import Message, play, reply
 from steerkit.emphasis import Head, emphasise
 from steerkit.models import load
+from steerkit.relatives import additive_bias, instaboost, split_softmax, spotlight
 from steerkit.results import bootstrap, figures_dir, paper_result, save_claim
 from steerkit.sink_cache import SinkCache
+from steerkit.spans import find_span, find_spans, message_span, read_marks
 from steerkit.streameval import Fact, accuracy_by_distance, eval_hits, eval_stream
 from steerkit.streaming import recomputed_losses, stream_chat, token_hits, token_losses
 
@@ -24,6 +26,7 @@ __all__ = [
     "Message",
     "SinkCache",
     "accuracy_by_distance",
+    "additive_bias",
     "attach",
     "attention_weights",
     "bootstrap",
@@ -31,16 +34,23 @@ __all__ = [
     "eval_hits",
     "eval_stream",
     "figures_dir",
+    "find_span",
+    "find_spans",
+    "instaboost",
     "install",
     "key_mass",
     "load",
+    "message_span",
     "paper_result",
     "play",
+    "read_marks",
     "recomputed_losses",
     "reply",
     "save_claim",
     "sink_metric",
     "softmax_off_by_one",
+    "split_softmax",
+    "spotlight",
     "stream_chat",
     "token0_mass",
     "token_hits",

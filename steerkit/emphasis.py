@@ -37,8 +37,11 @@ def emphasise(
     that come later keep weight 1 (as in the official code), and so do the first `keep_sinks` real
     tokens. A span with an alpha of its own weighs 1 / that alpha times what is outside; outside
     tokens are multiplied by the smallest alpha of their row. Rows made of one prompt (beams,
-    several samples) share its spans. A prompt that comes in chunks needs a mask, which states its
-    length.
+    several samples) share its spans.
+
+    Lists of spans take the first forward for the prompt. A mask states its length: the prompt may
+    then come in chunks, or with tokens after it, which keep weight 1 (an answer to be scored,
+    assisted decoding).
 
     Raises ValueError for bad spans, heads or alphas, for a prompt that does not hold the spans,
     for spans on padding, and for a `SinkCache`, whose slots are no longer prompt positions.

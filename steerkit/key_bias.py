@@ -233,8 +233,8 @@ class _Prompt:
                 "a cache used twice), so where the prompt ends is unclear: give the spans as a "
                 "bool mask (B, T)"
             )
-        if exact and (seen < T < fed or (fed < T and seen and new == 1)):
-            raise ValueError(_MISMATCH.format(T, fed if seen < T < fed else seen))
+        if exact and fed < T and seen and new == 1:
+            raise ValueError(_MISMATCH.format(T, seen))
         if self.bias is None or seen < T:
             self.bias = self._whole(T if exact else fed, rows // B, attention_mask)
             self.version += 1

@@ -8,9 +8,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import ByteLevel as ByteLevelOffsets
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from steerkit.chat import Message, prompt
+from steerkit.emphasis import Head, emphasise
 from steerkit.spans import encode, find_span, find_spans, message_span, read_marks
 
 TEXT = (
@@ -159,6 +165,25 @@ def test_a_batch_is_padded_on_the_left_and_its_spans_with_it(
     assert inputs["input_ids"][2].tolist()[-len(prompt(tokenizer, DIALOGUE)) :] == prompt(
         tokenizer, DIALOGUE
     )
+
+
+@torch.no_grad()
+def test_a_padded_batch_is_steered_as_its_rows_alone(
+    tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
+    model, tokenizer = tiny
+    prompts = [DIALOGUE, DIALOGUE[1:2], [Message("user", "Who lives in Rome?")]]
+    spans = [[message_span(tokenizer, p, 0)] for p in prompts]
+    new = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    heads = [Head(0, 0), Head(1, 1), Head(2, 2)]
+    inputs, moved = encode(tokenizer, prompts, spans)
+    with emphasise(model, moved, heads):
+        together = model.generate(**inputs, **new)[:, -8:]
+    for row, (p, span) in enumerate(zip(prompts, spans, strict=True)):
+        alone, same = encode(tokenizer, [p], [span])
+        assert same == [span]
+        with emphasise(model, same, heads):
+            assert torch.equal(model.generate(**alone, **new)[0, -8:], together[row])
 
 
 class Slow:
