@@ -10,6 +10,7 @@ import pytest
 
 from steerkit import runner
 from steerkit.results import ROOT
+from steerkit.student import exercises
 
 EXPECTED = ("00_start_here", "04_streaming_llm", "05_sink_from_scratch")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -26,12 +27,23 @@ class Run(NamedTuple):
     figures: Path  # of this notebook
 
 
+def rehearsal(path: Path, folder: Path) -> Path:
+    """A copy of the notebook in which a student's unsolved cells follow at the end."""
+    notebook = nbformat.read(path, as_version=4)
+    for one in exercises(notebook):
+        cell = nbformat.v4.new_code_cell(one.stub, metadata={"tags": ["stub"]})
+        notebook.cells.append(cell)
+    nbformat.write(notebook, folder / path.name)
+    return folder / path.name
+
+
 @pytest.fixture(scope="module", params=NOTEBOOKS, ids=lambda path: path.stem)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """One smoke run of one notebook, figures in a folder of its own."""
-    path, tmp = request.param, tmp_path_factory.mktemp(request.param.stem)
+    """One smoke run of one notebook, and of its stubs, figures in a folder of its own."""
+    source, tmp = request.param, tmp_path_factory.mktemp(request.param.stem)
+    path = rehearsal(source, tmp)
     values = runner.overrides(path, profile="smoke")
-    places = {"out": tmp / "runs", "figures": tmp / "figures"}
+    places = {"out": tmp / "runs", "figures": tmp / "figures", "cwd": source.parent}
     places["out"].mkdir()
     outcome = runner.execute(path, values, profile="smoke", timeout=300, progress=False, **places)
     return Run(outcome, tmp / "figures" / "smoke" / path.stem)
@@ -74,6 +86,14 @@ def test_it_shows_each_figure_it_saves_and_no_error(run: Run) -> None:
     pages = [o.data["text/html"] for o in outputs if "text/html" in o.get("data", {})]
     shown = sum(page.count('<img alt="') for page in pages)
     assert shown == len(list(run.figures.glob("*.png")))
+
+
+def test_its_answers_are_right_and_an_unsolved_stub_says_not_done_yet(run: Run) -> None:
+    cells = nbformat.read(run.outcome.executed, as_version=4).cells
+    for tag, state in (("exercise", "right"), ("stub", "not done yet")):
+        tagged = [c for c in cells if tag in c.metadata.get("tags", [])]
+        shown = [c.outputs[-1].get("data", {}).get("text/plain") for c in tagged]
+        assert shown == [f"Exercise {n}: {state}." for n in (1, 2, 3)]
 
 
 def test_it_records_its_time_and_machine(run: Run) -> None:

@@ -1,0 +1,115 @@
+"""What could run foreign code, open a shell or reach a network: none of it is in the package."""
+
+import ast
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import steerkit
+from steerkit.results import ROOT
+
+SOURCES = sorted([*(ROOT / "steerkit").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
+MODULES = sorted(m.name for m in pkgutil.iter_modules(steerkit.__path__, "steerkit."))
+PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
+RUNS_TEXT = {"eval", "exec", "compile", "torch.load", "torch.save", "yaml.load", "yaml.unsafe_load"}
+
+
+def dangers(source: str) -> Iterator[str]:
+    """Constructs that run foreign code or a shell, as `line: what`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+            for name in names:
+                if name and name.partition(".")[0] in PICKLES:
+                    yield f"{node.lineno}: imports {name}"
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            if called in SHELLS | RUNS_TEXT:
+                yield f"{node.lineno}: {called}"
+            for option in node.keywords:
+                off = isinstance(option.value, ast.Constant) and not option.value.value
+                if option.arg in {"shell", "trust_remote_code", "allow_pickle"} and not off:
+                    yield f"{node.lineno}: {option.arg} in {called}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_no_source_runs_foreign_code_or_a_shell(path: Path) -> None:
+    assert list(dangers(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from dill import loads",
+        "def f():\n    import joblib.numpy_pickle",
+        "torch.load('a.pt')",
+        "exec(text)",
+        "os.system('ls ' + name)",
+        "subprocess.run(f'ls {name}', shell=True)",
+        "subprocess.run(command, shell=wanted)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "np.load(path, allow_pickle=True)",
+    ],
+)
+def test_the_search_finds_what_it_is_for(source: str) -> None:
+    assert len(list(dangers(source))) == 1
+
+
+def test_the_search_lets_harmless_calls_pass() -> None:
+    harmless = "np.load(p, allow_pickle=False); model.eval(); re.compile(x); f(shell=False)"
+    assert list(dangers(harmless)) == []
+
+
+def test_models_come_from_safetensors_and_run_no_code_of_their_own() -> None:
+    tree = ast.parse((ROOT / "steerkit" / "models.py").read_text(encoding="utf-8"))
+    calls = [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    loading = [c for c in calls if c.startswith("AutoModelForCausalLM.from_pretrained(")]
+    assert loading and all("use_safetensors=True" in c for c in loading)
+    option = inspect.signature(steerkit.load).parameters.get("trust_remote_code")
+    assert option is None or option.default is False
+
+
+@pytest.mark.parametrize("name", ["Makefile", "README.md", "environment.yml", ".ci/run"])
+def test_jupyters_token_and_host_stay_as_they_are(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert not re.search(
+        r"(?:App|Provider)\.(?:token|password)|--ip|0\.0\.0\.0|allow[-_]root|allow_origin", text
+    )
+
+
+def test_no_module_opens_a_connection_or_prints_at_import() -> None:
+    """In one interpreter whose sockets and name look-ups end it at once."""
+    code = (
+        "import os, socket\n"
+        "def end(*_, **__): os._exit(3)\n"
+        "socket.socket.connect = socket.socket.connect_ex = socket.socket.sendto = end\n"
+        "socket.getaddrinfo = socket.gethostbyname = end\n"
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+    )
+    names = [name for name in MODULES if name != "steerkit.__main__"]
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_only_the_command_and_trainings_print() -> None:
+    """A library that prints cannot be used in a report; `main` functions are commands."""
+    for path in (ROOT / "steerkit").glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        functions = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
+        commands = [n for n in functions if n.name.strip("_") in {"main", "sample", "run", "show"}]
+        inside = {id(n) for command in commands for n in ast.walk(command)}
+        printing = [
+            f"{path.name}:{n.lineno}"
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Call) and ast.unparse(n.func) == "print" and id(n) not in inside
+        ]
+        assert printing == []
