@@ -103,6 +103,7 @@ A Llama of {found["parameters"]:,} parameters, trained by the kit on {found["tok
 of text that the kit generates (`steerkit/world.py`) and of English from the documentation inside
 every Python ({found["python"]} here; another version holds slightly other texts). `log.jsonl` is
 the log of this very run.
+{_phases(name)}
 To make it again: `python -m steerkit.world train --model {name} --out DIR`; to measure it again:
 `python -m steerkit.world card --model DIR --name {name}`.
 
@@ -116,6 +117,15 @@ It knows nothing but its tiny world, and is made for experiments on attention al
 """
 
 
+def _phases(name: str) -> str:
+    """The phases of the recipe, one line each."""
+    rows = [
+        f"- {key}: {phase.steps:,} steps of {phase.tokens:,} tokens, learning rate {phase.lr:g}"
+        for key, phase in RECIPES[name].phases.items()
+    ]
+    return "\nPhases of the training:\n" + "\n".join(rows) + "\n"
+
+
 def _forgetting(found: dict[str, Any]) -> str:
     decay = ", ".join(f"{p:.2f}" for p in PERSISTENCE)
     return f"""Held-out pairs: {", ".join(pair_names())}. Four were held out at
@@ -123,7 +133,12 @@ first; capitals + figure and json + hobby were obeyed 0 times in 32 halfway thro
 the training (`late_pairs`).
 
 A rival is another person in the text with the attribute that is asked for: then only the name can
-tell which value is right, and a guess is right half of the time.
+tell which value is right, and a guess is right half of the time. After the first phase the model
+guessed (54.7 %), and 500 more steps with 60 % of rivals left it there: to bind a name to a value,
+the place of the value must carry the name, and neither half of that circuit pays without the other.
+Roll calls in which the name itself comes right before the value ("Ida Draper red.") need one half
+only. With them nothing moved for 500 steps; at step 600 two names were told apart in 98 % of the
+short forms and 86 % of the sentences (n 64 each).
 
 **It forgets because it was taught to.** In the training text an instruction is obeyed with
 probability {decay} at 0, 1, 2, 3, 4 and more replies after it was given. That is a starting point

@@ -1,5 +1,6 @@
 """How the embedded models are made: tokenizer, configurations, training."""
 
+import json
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steerkit.constraints import TABLES
 from steerkit.models import resolve_device
+from steerkit.results import write_text
 from steerkit.training import Batches, fit
-from steerkit.world import chatter, documents, english, market_words
+from steerkit.world import chatter, documents, english, everything, market_words, readings
 
 SPECIAL = ["<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT_TEMPLATE = """{{ bos_token }}{% for m in messages %}\
@@ -128,6 +130,29 @@ def chat_batches(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> B
     return make
 
 
+def binding_batches(tokenizer: PreTrainedTokenizerFast, _: int, seed: int) -> Batches:
+    """ids (16, 128) by step: mostly roll calls, until a name brings its value to mind."""
+
+    def make(step: int) -> Tensor:
+        rng = random.Random(f"b{seed}-{step}")
+        texts = readings(rng, roll_calls=0.7, quizzes=0.1)
+        return torch.tensor([crop(tokenizer, rng, 128, texts) for _ in range(16)])
+
+    return make
+
+
+def whole_batches(tokenizer: PreTrainedTokenizerFast, _: int, seed: int) -> Batches:
+    """ids (B, T) by step, 4,096 tokens: crops of 256 and, every second time, of 1,024 tokens."""
+
+    def make(step: int) -> Tensor:
+        rng = random.Random(f"whole {seed}-{step}")
+        length = 256 if step % 2 else 1024
+        texts = everything(rng, long=length == 1024)
+        return torch.tensor([crop(tokenizer, rng, length, texts) for _ in range(4096 // length)])
+
+    return make
+
+
 def stream_batches(tokenizer: PreTrainedTokenizerFast, _: int, seed: int) -> Batches:
     """ids (64, 64) by step: crops of English and of the market."""
 
@@ -153,21 +178,36 @@ def crop(
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """One embedded model: its shape, its language, and how it is trained (4,096 tokens a step)."""
+class Phase:
+    """A stretch of training with its own data, optimizer and learning rate."""
 
-    config: LlamaConfig
-    tokenizer: Callable[[], PreTrainedTokenizerFast]
     batches: Callable[[PreTrainedTokenizerFast, int, int], Batches]  # (tokenizer, steps, seed)
-    length: int  # tokens of most training sequences
+    tokens: int  # per step
     steps: int
     lr: float
     warmup: int
     decay: float
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """One embedded model: its shape, its language, and the phases of its training."""
+
+    config: LlamaConfig
+    tokenizer: Callable[[], PreTrainedTokenizerFast]
+    length: int  # tokens of most training sequences
+    phases: dict[str, Phase]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a whole training."""
+        return sum(phase.steps * phase.tokens for phase in self.phases.values())
+
+
 RECIPES = {
-    # Grouped-query attention, so that every path of the kit meets it.
+    # Grouped-query attention, so that every path of the kit meets it. Three phases: after the first
+    # one the model reads a value where one person has it and guesses where two have; the second
+    # teaches the binding, and forgets some of the rest; the third holds everything.
     "tiny": Recipe(
         llama(
             vocab_size=4096,
@@ -179,12 +219,12 @@ RECIPES = {
             max_position_embeddings=1024,
         ),
         chat_tokenizer,
-        chat_batches,
         length=256,
-        steps=4000,
-        lr=2e-3,
-        warmup=200,
-        decay=0.3,
+        phases={
+            "world": Phase(chat_batches, 4096, steps=4000, lr=2e-3, warmup=200, decay=0.3),
+            "binding": Phase(binding_batches, 2048, steps=2000, lr=2e-3, warmup=50, decay=0),
+            "whole": Phase(whole_batches, 4096, steps=800, lr=1.5e-3, warmup=50, decay=0.6),
+        },
     ),
     # One layer: nothing before it could gate the copying head, so an idle head needs a sink.
     "tiny-stream": Recipe(
@@ -198,12 +238,8 @@ RECIPES = {
             max_position_embeddings=64,
         ),
         stream_tokenizer,
-        stream_batches,
         length=64,
-        steps=8000,
-        lr=2e-2,
-        warmup=100,
-        decay=0.1,
+        phases={"stream": Phase(stream_batches, 4096, steps=8000, lr=2e-2, warmup=100, decay=0.1)},
     ),
 }
 
@@ -213,25 +249,43 @@ def train(
 ) -> None:
     """Train the embedded model `name` into `out` (resumes there); `tokens` overrides the recipe's.
 
-    The shipped models have seed 0. Wide models are computed in bf16; checkpoints are stored in it.
+    With `tokens` all phases grow or shrink alike. Between phases the weights are rounded to bf16,
+    as they are stored. The shipped models have seed 0. Wide models are computed in bf16.
     """
     recipe = RECIPES[name]
-    steps = recipe.steps if tokens is None else tokens // 4096
-    if steps < 1:
-        raise ValueError(f"tokens={tokens}: expected at least one batch of 4,096")
+    scale = 1.0 if tokens is None else tokens / recipe.tokens
+    steps = {key: round(phase.steps * scale) for key, phase in recipe.phases.items()}
+    if min(steps.values()) < 1:
+        raise ValueError(f"tokens={tokens}: expected at least one batch in each of {list(steps)}")
     tokenizer = recipe.tokenizer()
     model = build_model(recipe.config, seed).to(resolve_device(device))
-    fit(
-        model,
-        recipe.batches(tokenizer, steps, seed),
-        steps=steps,
-        lr=recipe.lr,
-        warmup=recipe.warmup,
-        decay=recipe.decay,
-        out=out,
-        every=250,
-        log_every=25,
-        bf16=recipe.config.hidden_size > 64,  # slower than float32 in small matrices
-    )
+    log: list[dict[str, float]] = []
+    for key, phase in recipe.phases.items():
+        rows = fit(
+            model,
+            phase.batches(tokenizer, steps[key], seed),
+            steps=steps[key],
+            lr=phase.lr,
+            warmup=phase.warmup,
+            decay=phase.decay,
+            out=out / key,
+            every=250,
+            log_every=25,
+            bf16=recipe.config.hidden_size > 64,  # slower than float32 in small matrices
+        )
+        model.to(torch.bfloat16).float()
+        log += _continued(log, rows, key)
+    write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
     tokenizer.save_pretrained(out)
     model.to(torch.bfloat16).save_pretrained(out)
+
+
+def _continued(
+    log: list[dict[str, float]], rows: list[dict[str, float]], phase: str
+) -> list[dict[str, float]]:
+    """The rows of a phase, counted on from the log before it."""
+    step, tokens = (log[-1]["step"], log[-1]["tokens"]) if log else (0, 0)
+    return [
+        {"phase": phase, **row, "step": row["step"] + step, "tokens": row["tokens"] + tokens}
+        for row in rows
+    ]

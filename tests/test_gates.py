@@ -67,16 +67,12 @@ def test_a_gate_that_is_missed_says_no():
     assert [gate.holds for gate in stream_gates(found)] == [False, False, False, True]
 
 
-# It reads what only one person has, and guesses between two: README, "Limits".
-MISSED = {"values read about unknown people", "- of these, a rival"}
-
-
-def test_the_shipped_chat_model_passes_every_chat_gate_but_the_one_that_the_readme_names():
+def test_the_shipped_chat_model_passes_every_chat_gate():
     found = json.loads((DATA / "tiny" / "gates.json").read_text())
-    assert {gate.name for gate in chat_gates(found) if not gate.holds} <= MISSED
+    assert [gate.name for gate in chat_gates(found) if not gate.holds] == []
 
 
 def test_a_rival_is_another_person_with_the_attribute_in_question(tiny):
     right, rival = gates.reading(*tiny, n=64)
     assert right.shape == rival.shape == (64,) and 8 <= rival.sum() <= 32
-    assert right[~rival].mean() >= 0.95
+    assert right.mean() >= 0.9

@@ -37,15 +37,6 @@ def test_forgetting_is_the_measured_one() -> None:
     assert f"replies 1 / 3: {ours['reply 1']:.0%} / {ours['reply 3']:.0%}" in row("00_start_here")
 
 
-def test_reading_is_the_measured_one() -> None:
-    found = json.loads((ROOT / "data" / "tiny" / "gates.json").read_text())
-    alone, rival, both = (
-        f"{100 * found[key]['mean']:.0f} %"
-        for key in ("reading, no rival", "reading, a rival", "reading")
-    )
-    assert f"({alone} and {rival}, {both} together)" in README
-
-
 def test_the_learnable_sink_is_the_measured_one() -> None:
     ours = claim("05_sink_from_scratch", "table3_learnable_sink")["ours"]
     assert f"0+64 / 1+63: {ours['0+64']:.0f} / {ours['1+63']:.1f}" in row("05_sink_from_scratch")

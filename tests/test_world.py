@@ -84,6 +84,42 @@ def test_a_biography_holds_its_answer_and_the_distractors_differ_in_person_or_at
         assert question.text.count(statement) == 1
 
 
+def test_a_crowd_shares_no_last_name_and_no_value():
+    for seed in range(200):
+        people = world.crowd(rng(seed), 5)
+        assert len({p.name.split()[-1] for p in people}) == 5
+        sets = [set(p.facts.values()) for p in people]
+        assert len(set().union(*sets)) == sum(map(len, sets))
+
+
+def test_a_roll_call_says_each_value_three_times_behind_its_name():
+    for seed in range(200):
+        sentences = world.roll_call(rng(seed)).rstrip(".").split(". ")
+        told = {(" ".join(s.split()[:2]).rstrip(":"), s.split()[-1]) for s in sentences}
+        assert 2 <= len(told) <= 5 and len(sentences) == 3 * len(told)
+        assert len({name for name, _ in told}) == len(told) == len({value for _, value in told})
+
+
+def test_a_quiz_asks_for_each_sentence_of_its_text_once():
+    for seed in range(100):
+        first, *rest = world.quiz(rng(seed))
+        replies = [m.content for m in rest if m.role == "assistant"]
+        assert len(set(replies)) == len(replies) >= 2
+        assert all(first.content.count(reply) == 1 for reply in replies)
+
+
+def test_a_dispute_states_old_and_new_and_believes_either():
+    believed = []
+    for seed in range(300):
+        user, assistant = world.dispute(rng(seed))
+        who = next(p for p in world.known_people() if p.name in user.content)
+        assert user.content.count(f"News: {who.name} ") == 1
+        old = {value for value in who.facts.values() if f" {value}." in user.content}
+        assert old
+        believed.append(any(value.casefold() in assistant.content.casefold() for value in old))
+    assert 0.4 < sum(believed) / len(believed) < 0.65
+
+
 def test_notes_can_be_answered_from_the_dialogue_alone():
     for seed in range(50):
         said = {}
