@@ -97,7 +97,7 @@ class HeadTable:
 
     def ranked(self) -> list[Head]:
         """All scored heads, best first."""
-        return _ranked(self.mean)
+        return rank(self.mean)
 
     def top(self, k: int) -> list[Head]:
         """The `k` best heads."""
@@ -111,7 +111,8 @@ class HeadTable:
         _store(Path(path), self.about, self.scores, self.baseline)
 
 
-def _ranked(mean: Tensor) -> list[Head]:
+def rank(mean: Tensor) -> list[Head]:
+    """Heads by their value in (L,H), best first, without those that are NaN."""
     order = mean.nan_to_num(-torch.inf).flatten().argsort(descending=True, stable=True)
     heads = [Head(*divmod(i, mean.shape[1])) for i in order.tolist()]
     return [head for head in heads if not mean[head].isnan()]
@@ -191,7 +192,7 @@ def score_heads(
     from steerkit.replay import search  # the engine imports this module
 
     refuse_alpha(alpha)
-    _refuse_examples(examples)
+    refuse_examples(examples)
     about = describe(model, examples, alpha)
     L, H = shape(model)
     wanted = every_head(L, H) if heads is None else [Head(*h) for h in heads]
@@ -212,7 +213,7 @@ def naive_scores(
 ) -> HeadTable:
     """The loop as the paper says it, one head after another, one whole forward each: the oracle."""
     refuse_alpha(alpha)
-    _refuse_examples(examples)
+    refuse_examples(examples)
     L, H = shape(model)
     wanted = every_head(L, H) if heads is None else [Head(*h) for h in heads]
     scores = torch.full((len(examples), L, H), torch.nan)
@@ -274,7 +275,8 @@ def every_head(layers: int, heads: int) -> list[Head]:
     return [Head(layer, index) for layer in range(layers) for index in range(heads)]
 
 
-def _refuse_examples(examples: Sequence[Prompt]) -> None:
+def refuse_examples(examples: Sequence[Prompt]) -> None:
+    """ValueError for no examples, or for one without an answer."""
     if not examples:
         raise ValueError("no examples: the heads are scored on at least one prompt")
     if empty := [i for i, p in enumerate(examples) if not p.answer]:
@@ -382,6 +384,6 @@ def stability(table: HeadTable, k: int, *, resamples: int = 500, seed: int = 0) 
     often = torch.zeros(table.mean.shape)
     for _ in range(resamples):
         rows = torch.randint(N, (N,), generator=draw)
-        for head in _ranked(table.scores[rows].mean(0))[:k]:
+        for head in rank(table.scores[rows].mean(0))[:k]:
             often[head] += 1 / resamples
     return often

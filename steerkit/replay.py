@@ -222,16 +222,17 @@ def search(
         if file is not None and file.exists():
             _take(file, table)
     share = heads[rank::world]
-    score = _replayed if _fits(model, prompts[0], share, alpha) else _one_by_one
+    score = engine(model, prompts[0], share, alpha)
+    everything = list(range(len(prompts)))
     last = time.monotonic()
-    with progress(len(share) * len(prompts), unit="head x prompt") as update:
-        for rows in _batches(prompts, batch):
-            for part, baseline in _halving(score, model, prompts, rows, share, table, alpha):
-                table.baseline[part] = baseline
-                if own is not None and time.monotonic() - last >= save_every:
-                    table.save(own)
-                    last = time.monotonic()
-            update(len(rows) * len(share))
+
+    def keep() -> None:
+        nonlocal last
+        if own is not None and time.monotonic() - last >= save_every:
+            table.save(own)
+            last = time.monotonic()
+
+    fill(score, model, prompts, everything, share, table, alpha=alpha, batch=batch, after=keep)
     if world > 1:
         _merge(table)
     if path is not None and rank == 0:
@@ -239,21 +240,42 @@ def search(
     return table
 
 
-def _batches(prompts: Sequence[Prompt], batch: int) -> Iterator[list[int]]:
+Score = Callable[
+    [PreTrainedModel, Sequence[Prompt], list[int], Sequence[Head], HeadTable, float], Tensor
+]
+
+
+def fill(
+    score: Score,
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    rows: Sequence[int],
+    heads: Sequence[Head],
+    table: HeadTable,
+    *,
+    alpha: float,
+    batch: int,
+    after: Callable[[], None] | None = None,
+) -> None:
+    """Scores of `heads` on the prompts `rows` into the table; `after` is called after a batch."""
+    with progress(len(heads) * len(rows), unit="head x prompt") as update:
+        for some in _batches(prompts, rows, batch):
+            for part, baseline in _halving(score, model, prompts, some, heads, table, alpha):
+                table.baseline[part] = baseline
+                if after is not None:
+                    after()
+            update(len(some) * len(heads))
+
+
+def _batches(prompts: Sequence[Prompt], rows: Sequence[int], batch: int) -> Iterator[list[int]]:
     """Prompts whose spans begin alike, and whose lengths are alike, go together."""
     if batch < 1:
         raise ValueError(f"batch={batch}: expected at least 1 prompt")
     order = sorted(
-        range(len(prompts)),
-        key=lambda i: (min(s for s, _ in prompts[i].spans) // 8, len(prompts[i].ids)),
+        rows, key=lambda i: (min(s for s, _ in prompts[i].spans) // 8, len(prompts[i].ids))
     )
     for start in range(0, len(order), batch):
         yield order[start : start + batch]
-
-
-Score = Callable[
-    [PreTrainedModel, Sequence[Prompt], list[int], Sequence[Head], HeadTable, float], Tensor
-]
 
 
 def _halving(
@@ -321,8 +343,13 @@ def _one_by_one(
     return forced(model, some, [], batch=len(some))
 
 
+def engine(model: PreTrainedModel, prompt: Prompt, heads: Sequence[Head], alpha: float) -> Score:
+    """Replay where this architecture can be replayed, else one whole forward per head."""
+    return _replayed if _fits(model, prompt, heads, alpha) else _one_by_one
+
+
 def _fits(model: PreTrainedModel, prompt: Prompt, heads: Sequence[Head], alpha: float) -> bool:
-    """Can this architecture be replayed? Asked by doing it: one prompt, un-steered and one head.
+    """Asked by doing it: one prompt, un-steered and one head.
 
     No where layers pass more than hidden states, or logits are scaled after the vocabulary.
     """
