@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from rich.table import Table
 from steerkit.results import ROOT, claims_table, collect, data_file, versions
 
 if TYPE_CHECKING:
+    from steerkit.emphasis import Head
+    from steerkit.heads import HeadTable
     from steerkit.runner import Outcome
 
 GIB = 2**30
@@ -25,6 +27,7 @@ EXAMPLES = """examples:
   steerkit run --profile gpu --model DIR_OR_ID  a real checkpoint on a CUDA GPU
   steerkit student --out workshop               copies for students, and the answer key
   steerkit check workshop/student/04*.ipynb     which exercises of a student's copy are right
+  steerkit profile-heads --model DIR_OR_ID --tasks json biasbios --out heads.json
   steerkit doctor                               versions, device, memory, what each profile can do
 """
 
@@ -68,9 +71,25 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("notebook", type=Path, metavar="NOTEBOOK")
     check.add_argument("--profile", default="smoke", choices=("smoke", "cpu", "gpu"))
     check.add_argument("--timeout", type=int, metavar="S", help="seconds per cell")
+    heads = commands.add_parser("profile-heads", help="search the heads that PASTA steers")
+    heads.set_defaults(command=_profile_heads)
+    _profile_options(heads.add_argument)
     doctor = commands.add_parser("doctor", help="versions, device, memory, what profiles can do")
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _profile_options(add: Callable[..., Any]) -> None:
+    add("--model", default="tiny", metavar="ID_OR_DIR", help="default: the embedded chat model")
+    add("--tasks", nargs="+", required=True, metavar="TASK", help="json pronouns ...")
+    add("--out", type=Path, required=True, metavar="FILE", help='gets {"layer": [heads]}')
+    add("--size", type=int, default=4, help="how many heads to choose (default 4)")
+    add("-n", type=int, default=200, help="prompts per task (default 200)")
+    add("--alpha", type=float, default=0.01, help="weight outside the span (default 0.01)")
+    add("--seed", type=int, default=0, help="of the drawn prompts")
+    add("--data", nargs=2, action="append", default=[], metavar=("TASK", "FILE"), help="real data")
+    add("--batch", type=int, default=16, help="prompts at a time, halved when memory runs out")
+    add("--device", default="auto", help="cpu, cuda or cuda:N (default: cuda if there is one)")
 
 
 def _run(args: argparse.Namespace, root: Path, console: Console) -> int:
@@ -119,7 +138,8 @@ def _report(outcome: "Outcome", console: Console) -> None:
     if outcome.error is None:
         console.print(f"  done in {outcome.seconds:.0f} s", style="green")
     else:
-        text = f"FAILED {outcome.notebook}, {outcome.error}\n  kept: {outcome.executed}"
+        text = f"FAILED {outcome.notebook}, {outcome.error}"
+        text += f"\n  kept: {outcome.executed}" if outcome.executed.exists() else ""
         console.print(text, style="red", markup=False, soft_wrap=True)
 
 
@@ -141,6 +161,47 @@ def _check(args: argparse.Namespace, root: Path, console: Console) -> int:
         style = "green" if verdict.state == student.RIGHT else "red"
         console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
     return 0 if all(verdict.state == student.RIGHT for verdict in verdicts) else 1
+
+
+def _profile_heads(args: argparse.Namespace, root: Path, console: Console) -> int:
+    """One resumable table per task beside --out; the heads that are good for all tasks in it."""
+    from steerkit import heads as search
+    from steerkit.models import load
+    from steerkit.task_data import load_task, task_of
+    from steerkit.tasks import prompts
+
+    data = dict(args.data)
+    if stray := set(data) - set(args.tasks):
+        raise ValueError(f"--data {sorted(stray)[0]}: not among --tasks {' '.join(args.tasks)}")
+    drawn = {"seed": args.seed, "split": "profile"}
+    examples = {
+        name: load_task(name, data[name], n=args.n)[1]
+        if name in data
+        else task_of(name).examples(args.n, **drawn)
+        for name in dict.fromkeys(args.tasks)
+    }
+    model, tokenizer = load(args.model, device=args.device)
+    tables = {}
+    for name, some in examples.items():
+        console.print(f"{name}: {len(some)} prompts, every head", highlight=False)
+        file = args.out.with_name(f"{args.out.name}.{name}.table")
+        options = {"alpha": args.alpha, "batch": args.batch, "resume": file}
+        tables[name] = search.score_heads(model, prompts(tokenizer, some), **options)
+    chosen, k = search.common(list(tables.values()), args.size)
+    search.write_heads(args.out, chosen)
+    console.print(_head_table(tables, chosen))
+    n = len(next(iter(tables.values())).ranked())
+    chance = search.chance_overlap(n, k, len(tables))
+    line = f"{len(chosen)} heads of the top {k} of each task (by chance {chance:.1f}): {args.out}"
+    console.print(line, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _head_table(tables: Mapping[str, "HeadTable"], chosen: Sequence["Head"]) -> Table:
+    table = Table("head", *tables, title="Gain over no steering (nats per answer token)")
+    for head in chosen:
+        table.add_row(str(head), *(f"{t.gain[head].item():+.3f}" for t in tables.values()))
+    return table
 
 
 def _doctor(args: argparse.Namespace, root: Path, console: Console) -> int:

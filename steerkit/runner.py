@@ -29,7 +29,7 @@ class Outcome(NamedTuple):
     notebook: str
     seconds: float
     error: str | None
-    executed: Path
+    executed: Path  # after an error what there is of it: nothing, if the disk was full
 
 
 def find(folder: Path, only: Sequence[str] = ()) -> list[Path]:
@@ -93,9 +93,11 @@ def execute(
     """
     partial = out / f"{path.stem}.partial.ipynb"
     partial.unlink(missing_ok=True)
-    start, error = time.perf_counter(), None
-    with _kernel_environment(figures):
-        try:
+    start, done = time.perf_counter(), out / path.name
+    record = {"notebook": path.stem, "profile": profile, "parameters": values}
+    record |= {"machine": machine(), "versions": versions()}
+    try:
+        with _kernel_environment(figures):
             papermill.execute_notebook(
                 _literal(path),
                 _literal(partial),
@@ -106,16 +108,12 @@ def execute(
                 progress_bar=progress,
                 extra_arguments=["--log-level=ERROR"],  # a local kernel warns of plain TCP
             )
-        except Exception as failure:  # one notebook's failure must not stop the others
-            error = _explain(failure, partial)
-    seconds = round(time.perf_counter() - start, 1)
-    if error is not None:
-        return Outcome(path.stem, seconds, error, partial)
-    done = partial.replace(out / path.name)
-    record = {"notebook": path.stem, "profile": profile, "parameters": values, "seconds": seconds}
-    record |= {"machine": machine(), "versions": versions()}
-    write_json(figures / profile / path.stem / "run.json", record)
-    return Outcome(path.stem, seconds, None, done)
+        seconds = round(time.perf_counter() - start, 1)
+        write_json(figures / profile / path.stem / "run.json", record | {"seconds": seconds})
+        return Outcome(path.stem, seconds, None, partial.replace(done))
+    except Exception as failure:  # one notebook's failure must not stop the others
+        seconds = round(time.perf_counter() - start, 1)
+        return Outcome(path.stem, seconds, _explain(failure, partial), partial)
 
 
 def store(executed: Path, committed: Path) -> None:
@@ -229,7 +227,11 @@ def _explain(failure: Exception, partial: Path) -> str:
 
 
 def _last_started(partial: Path) -> tuple[str, int | None]:
-    cells = json.loads(partial.read_text(encoding="utf-8"))["cells"] if partial.exists() else []
+    try:
+        cells = json.loads(partial.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError):  # papermill had no room for it
+        partial.unlink(missing_ok=True)
+        return "", None
     code = [c for c in cells if c["cell_type"] == "code"]
     started = [c for c in code if c["metadata"].get("papermill", {}).get("start_time")]
     if not started:
