@@ -7,7 +7,7 @@ ARGS =
 PYTHON =
 BIN = $(VENV)/bin
 STAMP = $(VENV)/steerkit-installed
-EXTRAS = notebooks,test
+EXTRAS = notebooks,gatt,test
 
 .PHONY: run test lab bench venv clean
 

@@ -124,13 +124,24 @@ def make_plan(
     probes: float = 0.0,
     ask: Ask = question_for,
 ) -> Plan:
-    """A plan with questions by `ask`; a share `probes` of the turns asks for the instruction."""
+    """A plan with questions by `ask`; a share `probes` of the turns asks for the instruction.
+
+    Without constraints such a turn asks for one that was never given, and the reply has to say so.
+    """
     questions = [ask(rng, constraints) for _ in range(turns)]
-    asking = [c for c in constraints if c.probe is not None]
-    recall = [t for t in range(1, turns) if asking and rng.random() < probes]
-    for t in recall:
-        questions[t] = Question(rng.choice(asking).probe.question, "", "", "")
-    return Plan(tuple(constraints), instruct(rng, constraints), tuple(questions), tuple(recall))
+    recall = [t for t in range(1, turns) if rng.random() < probes]
+    asking = [c.probe for c in constraints if c.probe is not None]
+    if not constraints:
+        untold = [Constraint(f, "").probe for f in FAMILIES]
+        for t in recall:
+            probe = rng.choice([p for p in untold if p is not None])
+            questions[t] = Question(probe.question, "", "", probe.untold)
+    elif asking:
+        for t in recall:
+            questions[t] = Question(rng.choice(asking).question, "", "", "")
+    recall = recall if asking else []
+    told = instruct(rng, constraints) if constraints else ""
+    return Plan(tuple(constraints), told, tuple(questions), tuple(recall))
 
 
 def real_question(rng: random.Random, _: Sequence[Constraint]) -> Question:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from steerkit import gates, gatt, gatt_eval
-from steerkit.constraints import FAMILIES
+from steerkit.constraints import FAMILIES, Constraint
 from steerkit.gatt_training import Settings, train
 from steerkit.models import DATA, load
 from steerkit.results import data_file, versions, write_bytes, write_json
@@ -34,25 +34,32 @@ N = {"gatt": 22, "unseen families": 22}  # dialogues per family and split of one
 
 
 def settings_of(arm: str, seed: int) -> Settings:
-    """DPO moves further per step: a smaller learning rate, fewer rows at a time."""
+    """DPO reads each dialogue eight times (two replies, two models, forth and back): fewer rows."""
     if arm == "dpo":
-        return replace(SETTINGS, lr=1e-3, seed=seed)
+        return replace(SETTINGS, lr=1e-3, steps=40, batch=4, seed=seed)
     return replace(SETTINGS, seed=seed)
 
 
-def sample_arm(
-    arm: str, model: gatt.Model, tokenizer: gatt.Tokenizer, seed: int, **options: Any
-) -> list[gatt.Sample]:
-    """The dialogues that the arms of one seed share; those of unseen families apart."""
+def training_plans(seed: int, *, dialogues: int = DIALOGUES, turns: int = 20) -> list[gatt.Plan]:
+    """What is sampled for one seed: an eighth of the dialogues has no instruction at all."""
     # Languages thrice: to hold one that was never trained on is the hardest of what is asked.
     families = [*FAMILIES, "language", "language"]
-    if arm == "unseen families":
-        families = [f for f in families if f not in UNSEEN]
     rng = random.Random(f"plans {seed}")
-    number = options.pop("dialogues", DIALOGUES)
-    drawn = [gatt.draw(rng, families=families) for _ in range(number)]
-    plans = [gatt.make_plan(rng, given, probes=PROBES) for given in drawn]
-    return gatt.sample(model, tokenizer, plans, candidates=CANDIDATES, seed=seed, **options)
+    given = [gatt.draw(rng, families=families) if i % 8 else () for i in range(dialogues)]
+    return [gatt.make_plan(rng, c, turns=turns, probes=PROBES if c else 0.3) for c in given]
+
+
+def without_families(
+    samples: Sequence[gatt.Sample], families: Sequence[str] = UNSEEN
+) -> list[gatt.Sample]:
+    """The dialogues that neither instruct by these families nor ask for them."""
+    probes = {p.question for f in families if (p := Constraint(f, "").probe)}
+    return [
+        s
+        for s in samples
+        if not {c.family for c in s.plan.constraints} & set(families)
+        and not {q.text for q in s.plan.questions} & probes
+    ]
 
 
 def rows_of(
@@ -63,6 +70,8 @@ def rows_of(
     seed: int,
 ) -> list[gatt.Row]:
     """Training rows of an arm, from the same dialogues and the same turns."""
+    if arm == "unseen families":
+        samples = without_families(samples)
     if arm == "dpo":
         return gatt.make_pairs(model, tokenizer, samples, seed=seed)
     rows = gatt.make_rows(samples, seed=seed)
@@ -124,6 +133,15 @@ def _side_effects(
     return found
 
 
+def kl_by_turn(
+    model: gatt.Model, teacher: gatt.Model, tokenizer: gatt.Tokenizer, seed: int, *, n: int = 2
+) -> list[float]:
+    """Mean KL (nats per reply token) to the base that reads the instruction in every message."""
+    plans = evaluation_plans(seed, n, held_out=False)
+    samples = gatt.sample(teacher, tokenizer, plans, candidates=1, seed=seed, progress=False)
+    return gatt_eval.teacher_kl(model, teacher, tokenizer, samples).mean(0).tolist()
+
+
 def pack(rows: Tensor) -> list[str]:
     """(N, T) of 0, 1 and NaN -> one string a row: "0", "1", "-"."""
     return ["".join("-" if x != x else str(int(x)) for x in row) for row in rows.tolist()]
@@ -148,16 +166,20 @@ def run_arm(arm: str, seed: int, out: Path, *, progress: bool = True) -> dict[st
     start, log = time.perf_counter(), []
     model = base
     if arm not in ("base", "every turn"):
-        name = "unseen" if arm == "unseen families" else "samples"
-        file = out / f"{name}-{seed}.jsonl"
-        samples = sample_arm(arm, base, tokenizer, seed, out=file, progress=progress)
+        plans, file = training_plans(seed), out / f"samples-{seed}.jsonl"
+        options = {"candidates": CANDIDATES, "seed": seed, "progress": progress}
+        samples = gatt.sample(base, tokenizer, plans, out=file, **options)
         wanted["sampled_s"] = time.perf_counter() - start
         rows = rows_of(arm, base, tokenizer, samples, seed)
         folder = out / path.stem
         model, log = train(base, tokenizer, rows, out=folder, settings=settings, progress=progress)
         wanted |= {"rows": len(rows), "good": sum(sum(s.good) for s in samples)}
     trained = time.perf_counter() - start
-    found = measure(arm, model, tokenizer, seed, n=N.get(arm, 8), side=arm != "unseen families")
+    side = arm not in ("every turn", "unseen families")
+    found = measure(arm, model, tokenizer, seed, n=N.get(arm, 8), side=side)
+    if side:
+        teacher, _ = load("tiny")
+        found["kl"] = kl_by_turn(model, teacher, tokenizer, seed)
     seconds = {"trained_s": trained, "measured_s": time.perf_counter() - start - trained}
     record = wanted | seconds | {"log": log, "versions": versions()} | found
     write_json(path, record)

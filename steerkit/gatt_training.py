@@ -1,7 +1,9 @@
 """GAtt's training through TRL: SFT and DPO, LoRA by PEFT, resumable, one process or several."""
 
 import json
+import os
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +22,7 @@ from transformers import (
     TrainerCallback,
 )
 from transformers.trainer import Trainer
+from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from steerkit.chat import check_template
@@ -108,12 +111,12 @@ def make_trainer(
         "per_device_train_batch_size": settings.batch,
         "save_steps": settings.save_every,
         "save_total_limit": 2,
-        "logging_steps": 10,
+        "logging_steps": _log_every(settings),
         "seed": settings.seed,
         "max_length": None,  # TRL cuts the end off, which is the reply: we check instead
         "bf16": cuda and torch.cuda.is_bf16_supported(),
         "use_cpu": model.device.type == "cpu",
-        "train_sampling_strategy": "group_by_length",  # less padding: half the time
+        "train_sampling_strategy": _strategy(pairs="rejected" in keys),
         "gradient_checkpointing": cuda,
         "dataloader_pin_memory": cuda,
         "report_to": "none",
@@ -141,6 +144,19 @@ def _name_base(out: Path, name: str) -> None:
         config = json.loads(path.read_text(encoding="utf-8"))
         config["target_modules"] = sorted(config["target_modules"])
         write_json(path, config | {"base_model_name_or_path": name})
+
+
+def _strategy(*, pairs: bool) -> str:
+    """Rows of one length together, which halves the padding; not for DPO's pairs, which have no
+    length of their own, nor in several processes, whose generators would not agree on the order."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return "group_by_length" if alone and not pairs else "random"
+
+
+def _log_every(settings: Settings) -> int:
+    """About ten rows, and a divisor of `save_every`, so that no logged mean is torn by a kill."""
+    most = max(1, min(settings.steps // 10, settings.save_every))
+    return next(d for d in range(most, 0, -1) if settings.save_every % d == 0)
 
 
 def _lora(settings: Settings) -> LoraConfig:
@@ -229,11 +245,15 @@ class _Bar(TrainerCallback):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars of `datasets` for a few hundred rows."""
-    shown = datasets.are_progress_bars_disabled()
+    """No bars of `datasets` for a few hundred rows, no warnings of one library about another."""
+    shown, level = not datasets.are_progress_bars_disabled(), logging.get_verbosity()
     datasets.disable_progress_bars()
+    logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
-        if not shown:
+        logging.set_verbosity(level)
+        if shown:
             datasets.enable_progress_bars()

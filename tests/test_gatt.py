@@ -1,0 +1,380 @@
+"""Ghost Attention's data: which words stand where, which reply is chosen, what a kill costs."""
+
+import random
+from collections import Counter
+from typing import ClassVar
+
+import pytest
+import torch
+
+from steerkit import gatt, gatt_eval
+from steerkit.chat import Dialogues, Message, check_template, encode, play, prompt, reply
+from steerkit.constraints import FAMILIES, Constraint, values
+from steerkit.world import Question
+
+FRENCH = Constraint("language", "French")
+CHESS = Constraint("hobby", "chess")
+
+
+def questions(*texts):
+    return tuple(Question(text, "", "", "") for text in texts)
+
+
+def plan_of(seed=0, turns=4, family="hobby", **options):
+    rng = random.Random(seed)
+    return gatt.make_plan(rng, gatt.draw(rng, families=[family]), turns=turns, **options)
+
+
+def a_sample(turns=4, good=None):
+    plan = gatt.Plan((CHESS,), "Hobby: chess.", questions(*[f"Q{t}?" for t in range(turns)]))
+    replies = tuple(f"R{t}. I love chess." for t in range(turns))
+    return gatt.Sample(plan, replies, tuple(good or [True] * turns))
+
+
+# Plans and rows
+
+
+def test_the_instruction_leads_every_message_or_the_first_one_only():
+    plan = a_sample().plan
+    assert [plan.message(t, every=True) for t in range(2)] == [
+        "Hobby: chess. Q0?",
+        "Hobby: chess. Q1?",
+    ]
+    assert [plan.message(t, every=False) for t in range(2)] == ["Hobby: chess. Q0?", "Q1?"]
+
+
+def test_a_row_is_the_history_with_one_instruction_and_the_last_reply():
+    rows = gatt.make_rows([a_sample()], per_dialogue=3)
+    assert sorted(len(row["prompt"]) for row in rows) == [3, 5, 7]
+    for row in rows:
+        t = len(row["prompt"]) // 2
+        texts = [m["content"] for m in row["prompt"]]
+        wanted = [x for k in range(t) for x in (f"Q{k}?", f"R{k}. I love chess.")] + [f"Q{t}?"]
+        assert texts == ["Hobby: chess. " + wanted[0], *wanted[1:]]
+        assert row["completion"] == [{"role": "assistant", "content": f"R{t}. I love chess."}]
+
+
+def test_only_verified_replies_are_taught_and_the_other_arm_has_the_same_dialogues():
+    rows = gatt.make_rows([a_sample(good=[True, False, True, False])], per_dialogue=9)
+    assert [len(row["prompt"]) for row in rows] == [5]
+    assert gatt.make_all_turns_rows(rows) == [
+        {"messages": rows[0]["prompt"] + rows[0]["completion"]}
+    ]
+
+
+def test_pairs_reject_what_the_model_said_and_failed(tiny):
+    """Chosen obeys, rejected does not, and nothing else differs."""
+    plans = [plan_of(seed, turns=5, family="emoji") for seed in range(3)]
+    samples = gatt.sample(*tiny, plans, candidates=1, progress=False)
+    pairs = gatt.make_pairs(*tiny, samples, first=3, per_dialogue=2)
+    assert len(pairs) >= 3
+    by_prompt = {s.plan.message(0, every=False): s.plan for s in samples}
+    for row in pairs:
+        plan, t = by_prompt[row["prompt"][0]["content"]], len(row["prompt"]) // 2
+        assert plan.good(t, row["chosen"][0]["content"])
+        assert not plan.good(t, row["rejected"][0]["content"])
+
+
+def test_values_held_out_are_a_quarter_and_never_drawn():
+    rng = random.Random(0)
+    for family in FAMILIES:
+        seen, held_out = gatt.split_values(family)
+        assert sorted(seen + held_out) == sorted(values(family))
+        assert len(held_out) == len(values(family)) // 4
+        drawn = {gatt.draw(rng, families=[family])[0].value for _ in range(100)}
+        assert drawn <= set(seen)
+    pools = {
+        (c.family, c.value) for _ in range(300) for c in gatt.draw(rng, held_out=True, numbers=[1])
+    }
+    assert pools == {(f, v) for f in FAMILIES for v in gatt.split_values(f)[1]}
+
+
+def test_half_of_the_instructions_are_short():
+    rng = random.Random(1)
+    short = Counter(
+        gatt.make_plan(rng, [CHESS], turns=1).instruction == CHESS.short for _ in range(400)
+    )
+    assert 160 < short[True] < 240
+
+
+def test_probes_are_judged_by_what_is_recalled():
+    plan = gatt.Plan((CHESS, FRENCH), "Hobby: chess.", questions("Q?", CHESS.probe.question), (1,))
+    assert plan.good(1, "My hobby is chess.") and not plan.good(1, "I speak French.")
+    assert not plan.good(0, "My hobby is chess.")
+
+
+# Sampling
+
+
+class Scripted(gatt.Dialogues):
+    """Candidates by script; records which rows were kept."""
+
+    script: ClassVar[list] = []
+    kept: ClassVar[list] = []
+
+    def start(self, rows):
+        pass
+
+    def select(self, rows):
+        self.kept.append(list(rows))
+
+    def reply(self, messages, **_):
+        return self.script.pop(0)
+
+
+def test_the_best_candidate_goes_on_by_verifier_then_by_reward(monkeypatch):
+    """Two dialogues, K = 3: verified before unverified, then reward, then the first."""
+    plain, short, long = "No.", "I love chess.", "Yes, yes. I love chess."
+    Scripted.script = [
+        [plain, short, long, long, plain, short],
+        [plain, plain, plain, short, long, long],
+    ]
+    Scripted.kept = []
+    monkeypatch.setattr(gatt, "Dialogues", Scripted)
+    tokenizer = type("T", (), {})()
+    monkeypatch.setattr(gatt, "check_template", lambda _: None)
+    plan = gatt.Plan((CHESS,), "Hobby: chess.", questions("A?", "B?"))
+    found = gatt.sample(
+        None,
+        tokenizer,
+        [plan, plan],
+        candidates=3,
+        reward=lambda _, text: len(text),
+        progress=False,
+    )
+    assert [s.replies for s in found] == [(long, plain), (long, long)]
+    assert [s.good for s in found] == [(True, False), (True, True)]
+    assert Scripted.kept == [[2, 2, 2, 3, 3, 3]]
+
+
+def test_a_torn_samples_file_goes_on_and_ends_the_same(tiny, tmp_path):
+    """Cut in the middle of a line, as a kill does: at most that line is made again."""
+    plans = [plan_of(seed, turns=2) for seed in range(5)]
+    options = {"candidates": 2, "batch": 2, "progress": False}
+    whole = gatt.sample(*tiny, plans, out=tmp_path / "a.jsonl", **options)
+    text = (tmp_path / "a.jsonl").read_bytes()
+    assert len(whole) == 5 and gatt.read_samples(tmp_path / "a.jsonl") == whole
+    for cut in (len(text) - 40, text.index(b"\n") + 30, 20):
+        (tmp_path / "b.jsonl").write_bytes(text[:cut])
+        assert gatt.sample(*tiny, plans, out=tmp_path / "b.jsonl", **options) == whole
+        assert (tmp_path / "b.jsonl").read_bytes() == text
+
+
+def test_complete_lines_are_not_sampled_again(tiny, tmp_path, monkeypatch):
+    plans = [plan_of(seed, turns=2) for seed in range(4)]
+    options = {"candidates": 1, "batch": 2, "progress": False, "out": tmp_path / "a.jsonl"}
+    gatt.sample(*tiny, plans, **options)
+    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join(lines[:3]))
+    batches = []
+    inner = gatt._sample_batch
+    monkeypatch.setattr(gatt, "_sample_batch", lambda *a: batches.append(a[2]) or inner(*a))
+    gatt.sample(*tiny, plans, **options)
+    assert batches == [plans[2:]]
+
+
+def test_a_samples_file_of_other_parameters_is_refused(tiny, tmp_path):
+    options = {"out": tmp_path / "a.jsonl", "progress": False}
+    gatt.sample(*tiny, [plan_of(turns=1)], candidates=1, **options)
+    with pytest.raises(ValueError, match="sampled with"):
+        gatt.sample(*tiny, [plan_of(turns=1)], candidates=2, **options)
+
+
+# The kept cache
+
+
+def test_a_kept_cache_gives_the_replies_of_fresh_prompts(tiny):
+    """Rows of other lengths, a fork, a reply that is replaced, a selection: all as from scratch."""
+    users = [
+        ["Where does Anna Adler live?", "Hi."],
+        ["Hobby: chess. Which pet does Leon Lindt have?", "Ok?"],
+    ]
+    talk, rows = Dialogues(*tiny), [[Message("user", u[0])] for u in users]
+    texts = talk.reply(rows)
+    assert texts == reply(*tiny, rows)
+    forced = [
+        [*row, Message("assistant", "Oslo, of course."), Message("user", u[1])]
+        for row, u in zip(rows, users, strict=True)
+    ]
+    fork = [
+        [*row, Message("assistant", t), Message("user", "What is your hobby?")]
+        for row, t in zip(rows, texts, strict=True)
+    ]
+    assert talk.reply(fork) == reply(*tiny, fork)
+    assert talk.reply(forced) == reply(*tiny, forced)
+    talk.select([1, 0, 1])
+    swapped = [
+        [*forced[i], Message("assistant", "Hm."), Message("user", users[0][0])] for i in (1, 0, 1)
+    ]
+    assert talk.reply(swapped) == reply(*tiny, swapped)
+
+
+def test_what_the_cache_holds_is_not_read_again(tiny, monkeypatch):
+    model, tokenizer = tiny
+    read = []
+    inner = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda *a, **k: read.append(k["input_ids"].numel()) or inner(*a, **k)
+    )
+    users = [["Where does Anna Adler live?"] * 4]
+    replies = play(model, tokenizer, users)[0]
+    messages = [
+        m
+        for u, r in zip(users[0], replies, strict=True)
+        for m in (Message("user", u), Message("assistant", r))
+    ]
+    assert sum(read) <= len(encode(tokenizer, messages)) + len(users[0])
+
+
+def test_sampling_draws_from_torchs_generator_and_restores_it(tiny):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    plans = [plan_of(turns=1)]
+    a = gatt.sample(*tiny, plans, candidates=2, temperature=3.0, seed=1, progress=False)
+    assert torch.equal(before, torch.get_rng_state())
+    assert a == gatt.sample(*tiny, plans, candidates=2, temperature=3.0, seed=1, progress=False)
+    assert a != gatt.sample(*tiny, plans, candidates=2, temperature=3.0, seed=2, progress=False)
+
+
+# Measurements
+
+
+def test_survival_and_forgetting_on_a_worked_example():
+    rows = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1], [0, 1, 1, 0], [1, 0, 0, 0.0]])
+    assert gatt_eval.survival(rows).tolist() == [3, 5, 1, 2]
+    assert gatt_eval.forgetting(rows).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 2])
+
+
+def test_adherence_of_the_models_own_dialogue_is_what_play_says(tiny):
+    plans = [plan_of(seed, turns=3, family=f) for seed, f in enumerate(("hobby", "emoji", "json"))]
+    found = gatt_eval.adherence_by_turn(*tiny, plans, probe_turns=[2], batch=2)
+    replies = play(*tiny, [[p.message(t, every=False) for t in range(3)] for p in plans])
+    assert found.replies == replies
+    obeyed = [
+        [float(p.constraints[0].obeyed(r)) for r in row]
+        for p, row in zip(plans, replies, strict=True)
+    ]
+    assert found.obeyed.tolist() == obeyed
+    assert found.recalled.isnan().squeeze(1).tolist() == [False, False, True]
+    for i in (0, 1):
+        c = plans[i].constraints[0]
+        fork = [
+            Message("user", plans[i].message(0, every=False)),
+            Message("assistant", replies[i][0]),
+            Message("user", c.probe.question),
+        ]
+        assert found.recalled[i, 0] == float(c.recalled(reply(*tiny, [fork])[0]))
+
+
+def test_a_forced_history_is_what_the_model_reads(tiny):
+    """With a history that obeys, the base obeys longer: the reply follows what was forced."""
+    plans = [plan_of(seed, turns=2, family="hobby") for seed in range(4)]
+    for forced in (gatt_eval.neutral, gatt_eval.competing):
+        found = gatt_eval.adherence_by_turn(*tiny, plans, forced=forced)
+        rows = [
+            [
+                Message("user", p.message(0, every=False)),
+                Message("assistant", forced(p, 0)),
+                Message("user", p.message(1, every=False)),
+            ]
+            for p in plans
+        ]
+        assert [r[1] for r in found.replies] == reply(*tiny, rows)
+    p = plans[0]
+    assert p.right(0, gatt_eval.neutral(p, 0)) and not p.constraints[0].obeyed(
+        gatt_eval.neutral(p, 0)
+    )
+    rivals = [Constraint("hobby", v) for v in values("hobby") if v != p.constraints[0].value]
+    assert sum(c.obeyed(gatt_eval.competing(p, 0)) for c in rivals) == 1
+
+
+def test_the_divergence_from_the_teacher_is_the_sum_over_the_vocabulary(tiny):
+    """Zero at turn 1, where both read the same; later equal to a loop over single prompts."""
+    model, tokenizer = tiny
+    s = gatt.sample(*tiny, [plan_of(turns=2)], candidates=1, progress=False)[0]
+    found = gatt_eval.teacher_kl(model, model, tokenizer, [s])
+    assert found.shape == (1, 2) and found[0, 0] == pytest.approx(0, abs=1e-5)
+    ids = tokenizer(s.replies[1], add_special_tokens=False)["input_ids"]
+    total = 0.0
+    for k in range(len(ids)):
+        p, q = (
+            model(torch.tensor([prompt(tokenizer, gatt.history(s, 1, every=e)) + ids[:k]]))
+            .logits[0, -1]
+            .double()
+            .softmax(-1)
+            for e in (True, False)
+        )
+        total += (p * (p / q).log()).sum().item()
+    assert found[0, 1].item() == pytest.approx(total / len(ids), rel=1e-3)
+
+
+def test_the_base_names_no_hobby_and_obeys_nothing_without_instruction(tiny):
+    assert gatt_eval.leak(*tiny, turns=2, n=8).mean() == 0
+    assert gatt_eval.untold(*tiny, n=2).mean() >= 0.8
+
+
+# Bad input
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(tiny, tmp_path):
+    from copy import deepcopy
+
+    bare = deepcopy(tiny[1])
+    bare.chat_template = None
+    with pytest.raises(ValueError, match="no chat template: take a chat model"):
+        gatt.sample(tiny[0], bare, [plan_of(turns=1)])
+
+
+def test_a_template_with_a_system_text_of_its_own_is_refused_and_quoted(tiny):
+    from copy import deepcopy
+
+    wordy = deepcopy(tiny[1])
+    wordy.chat_template = "<|system|>You are a helpful assistant.<|end|>" + wordy.chat_template
+    with pytest.raises(ValueError, match=r"text of its own .*You are a helpful assistant"):
+        check_template(wordy)
+    check_template(tiny[1])
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        (["user", "user"], "messages 0 and 1 are both the user's"),
+        (["user", "assistant", "assistant"], "messages 1 and 2 are both the assistant's"),
+        (["assistant"], "no user message"),
+        ([], "no user message"),
+    ],
+)
+def test_a_dialogue_out_of_turn_is_refused(roles, message):
+    with pytest.raises(ValueError, match=message):
+        gatt.dialogue_plan([Message(role, "x") for role in roles], [CHESS], "Hobby: chess.")
+
+
+def test_a_dialogue_of_ones_own_becomes_a_plan():
+    messages = [Message("user", "A?"), Message("assistant", "B."), Message("user", "C?")]
+    plan = gatt.dialogue_plan(messages, [CHESS], "Hobby: chess.")
+    assert [q.text for q in plan.questions] == ["A?", "C?"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: gatt.Plan((CHESS,), " ", questions("Q?")), "the instruction is empty"),
+        (lambda: gatt.Plan((CHESS,), "Hobby: chess.", ()), "without a user message"),
+        (
+            lambda: gatt.Plan(
+                (Constraint("json", ""), Constraint("capitals", "")), "x", questions("Q?")
+            ),
+            "contradict each other",
+        ),
+        (lambda: gatt.sample(None, None, [], candidates=0), "candidates=0: expected at least 1"),
+    ],
+)
+def test_bad_input_gets_one_line(make, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_names_its_own_values(tiny, monkeypatch):
+    monkeypatch.setattr(Dialogues, "reply", lambda *_, **__: ["1. Chess\n2. Go", "Go, Tennis"])
+    assert gatt.own_values(*tiny, "hobbies", n=3, rounds=2) == ["Chess", "Go", "Tennis"]
