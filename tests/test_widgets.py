@@ -156,8 +156,8 @@ def test_attention_explorer_draws_map_and_tokens_and_follows_its_controls(
     explorer = explore_attention(*tiny, TALK, bins=12)
     explorer.show()
     first = shown[0]["text/html"]
-    assert "data:image/png;base64," in first and "<pilot>" not in first
-    assert "from the reply of turn 2" in first and '<img alt="' not in first
+    assert "data:image/webp;base64," in first and "<pilot>" not in first
+    assert "from the reply of turn 2" in first
     again = explore_attention(*tiny, TALK, bins=12)
     again.refresh()
     assert again.page.value == first  # equal bytes
