@@ -292,6 +292,7 @@ def _announced(model: PreTrainedModel, prompt: _Prompt) -> Iterator[None]:
     signature = inspect.signature(base.forward)
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _refuse_sink_cache(base, args, kwargs)
         given = signature.bind_partial(*args, **kwargs).arguments if args else kwargs
         inputs, cache = given.get("input_ids"), given.get("past_key_values")
         inputs = given.get("inputs_embeds") if inputs is None else inputs

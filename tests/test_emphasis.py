@@ -256,20 +256,19 @@ def test_nothing_of_the_size_of_the_weights_is_made(llama: PreTrainedModel) -> N
 
 @torch.no_grad()
 def test_half_precision_carries_log_alpha_through_prefill() -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 4, 20, 64, generator=generator).bfloat16() for _ in range(3))
-    k, v, column = k[:, :2], v[:, :2], torch.full((2, 20), math.log(0.01))
-    column[:, 4:9] = 0.0
-    call = Call(nn.Module(), q, k, v, None, 64**-0.5, {})
-    call.module.num_key_value_groups = 2
-    ours = attend_biased(call, torch.ones(4, 1), column).float()
-    wide = [x.double().repeat_interleave(4 // x.shape[1], 1) for x in (q, k, v)]
-    scores = wide[0] @ wide[1].mT * 64**-0.5 + column[:, None, None]
-    mask = torch.ones(20, 20, dtype=torch.bool).tril()
-    wanted = (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ wide[2]).transpose(1, 2)
-    assert (ours - wanted).abs().max() < 0.02  # bfloat16 attention alone is off by 0.01
-    rounded = (column / call.scaling).bfloat16().float() * call.scaling
-    assert (rounded - column).abs().max() > 0.01  # one bfloat16 column would not do
+    # Keys outside score 13.75, keys inside 0: log(alpha) = -13.78125 balances them. Rounded to one
+    # bfloat16 number, times the square root of D, it would be -13.75.
+    K, D, inside = 20, 64, slice(4, 14)
+    column = torch.full((1, K), -13.78125)
+    column[:, inside] = 0.0
+    key = torch.full((1, 1, K, D), 1.71875)
+    key[:, :, inside] = 0.0
+    value = torch.zeros(1, 1, K, D)
+    value[:, :, inside] = 1.0
+    query = torch.ones(1, 1, K, D)
+    q, k, v = (x.bfloat16() for x in (query, key, value))
+    share = attend_biased(Call(nn.Module(), q, k, v, None, 1 / 8, {}), torch.ones(1, 1), column)
+    assert abs(share[0, -1, 0, 0].item() - 1 / (1 + math.exp(13.75 - 13.78125))) < 0.003
 
 
 # Generation
@@ -332,6 +331,15 @@ def test_chunks_equal_one_forward_and_a_second_prompt_starts_anew(name: str) -> 
             close(torch.cat(chunks, 1), without_cache_inside(model, prompt, factor))
             made = model.generate(prompt, prefill_chunk_size=20, **NEW)
             assert made.sequences.shape == (2, 96)
+
+
+@torch.no_grad()
+def test_prompts_of_other_lengths_may_follow(llama: PreTrainedModel) -> None:
+    prompts = [tokens(2, T, seed=T) for T in (40, 31, 50)]
+    with emphasise(llama, SPANS, HEADS):
+        made = [llama.generate(ids, **NEW) for ids in prompts]
+    for out, ids in zip(made, prompts, strict=True):
+        check_generated(llama, out, factor_of(SPANS, ids.shape[1], 0.01))
 
 
 @torch.no_grad()
@@ -492,9 +500,11 @@ def test_an_exception_leaves_the_model_as_found(llama: PreTrainedModel, fail: st
     assert torch.equal(llama(tokens(2, 40)).logits, wanted)
 
 
-@pytest.mark.parametrize("alpha", [0.01, 1.0])
-def test_nesting_is_refused_whatever_the_heads(llama: PreTrainedModel, alpha: float) -> None:
-    with emphasise(llama, SPANS, [Head(0, 0)], alpha=alpha):
+@pytest.mark.parametrize(("heads", "alpha"), [([Head(0, 0)], 0.01), ([Head(0, 0)], 1), ([], 0.01)])
+def test_nesting_is_refused_whatever_the_heads(
+    llama: PreTrainedModel, heads: list[Head], alpha: float
+) -> None:
+    with emphasise(llama, SPANS, heads, alpha=alpha):
         inside = state_of(llama), hooks_of(llama)
         refused = pytest.raises(ValueError, match="already attached")
         with refused, emphasise(llama, SPANS, [Head(1, 0)]):

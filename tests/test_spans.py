@@ -119,6 +119,12 @@ def test_a_message_is_its_content_without_the_template_s_marks(
     assert message_span(tokenizer, DIALOGUE, -1) == message_span(tokenizer, DIALOGUE, 3)
 
 
+def test_a_message_that_the_template_trims(tokenizer: PreTrainedTokenizerBase) -> None:
+    spaced = [DIALOGUE[0], Message("user", " Anna likes tea \n"), DIALOGUE[2]]
+    start, end = message_span(tokenizer, spaced, 1)
+    assert tokenizer.decode(prompt(tokenizer, spaced)[start:end]).strip() == "Anna likes tea"
+
+
 def test_a_phrase_of_one_message(tokenizer: PreTrainedTokenizerBase) -> None:
     first, second = find_spans(tokenizer, DIALOGUE, "Reply in French.")
     assert find_span(tokenizer, DIALOGUE, "Reply in French.", message=0) == first
