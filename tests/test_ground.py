@@ -160,3 +160,21 @@ def test_importing_the_package_opens_no_connection_and_prints_nothing() -> None:
         [sys.executable, "-c", "import steerkit"], capture_output=True, text=True, cwd=ROOT
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+def test_documents_name_files_that_exist(name: str) -> None:
+    text = (ROOT / name).read_text()
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text)
+    named = re.findall(r"`((?:steerkit|tests|data|docs|notebooks|benchmarks)/[\w./-]*)`", text)
+    missing = [link for link in links if not ((ROOT / name).parent / link).exists()]
+    assert missing + [path for path in named if not (ROOT / path).exists()] == []
+    assert links or named
+
+
+def test_the_changelog_begins_with_what_comes_next_and_holds_the_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    heads = re.findall(r"^## (\d+\.\d+\.\d+), (unreleased|\d{4}-\d\d-\d\d)$", text, re.MULTILINE)
+    numbers = [tuple(map(int, version.split("."))) for version, _ in heads]
+    assert len(heads) == text.count("\n## ") and numbers == sorted(set(numbers), reverse=True)
+    assert PROJECT["version"] in [version for version, _ in heads]
