@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from steerkit.results import bootstrap, write_bytes, write_json
 from steerkit.turns import Turn
@@ -171,10 +172,10 @@ def _draw_turns(ax: Axes, turns: Sequence[Turn], bins: int) -> None:
     scale = bins / turns[-1].end
     starts = {t.number: t.start for t in reversed(turns)}
     ends = {t.number: t.end for t in turns}
-    for start in list(starts.values())[:-1]:
-        for line in (ax.axvline, ax.axhline):
-            line(start * scale - 0.5, color="0.5", linewidth=0.5, linestyle="-", marker="")
     shown = sorted(starts)[:: -(-len(starts) // 12)]
+    for number in starts if len(starts) <= 30 else shown:
+        for line in (ax.axvline, ax.axhline):
+            line(starts[number] * scale - 0.5, color="0.5", linewidth=0.5, linestyle="-", marker="")
     middle = [(starts[n] + ends[n]) / 2 * scale - 0.5 for n in shown]
     ax.set_xticks(middle, shown)
     ax.set_yticks(middle, shown)
@@ -289,6 +290,7 @@ def turn_curves(
     means = {name: mean for name, (mean, _, _) in triples.items()}
     bands = {name: (low, high) for name, (_, low, high) in triples.items()}
     curves(ax, turns, means, xlabel="turn of the reply", ylabel=ylabel, bands=bands)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return triples
 
 
