@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -180,6 +181,9 @@ def _profile_heads(args: argparse.Namespace, root: Path, console: Console) -> in
         else task_of(name).examples(args.n, **drawn)
         for name in dict.fromkeys(args.tasks)
     }
+    console.quiet = os.environ.get("RANK", "0") != "0"  # one of several processes speaks
+    if args.device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     model, tokenizer = load(args.model, device=args.device)
     tables = {}
     for name, some in examples.items():

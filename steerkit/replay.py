@@ -390,7 +390,7 @@ def _merge(table: HeadTable) -> None:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    PartialState()
+    PartialState(cpu=not torch.cuda.is_available())  # makes the processes one group
     for scores, baseline in gather_object([(table.scores, table.baseline)]):
         fresh, known = ~scores.isnan(), ~baseline.isnan()
         table.scores[fresh] = scores[fresh]

@@ -222,6 +222,13 @@ TASKS: dict[str, Task] = {
 }
 
 
+def task_of(name: str) -> Task:
+    """The task by its name."""
+    if name not in TASKS:
+        raise ValueError(f"task {name!r}: expected one of {', '.join(TASKS)}")
+    return TASKS[name]
+
+
 # --- the real data -----------------------------------------------------------------------------
 
 # What the data sets call their columns; `columns` renames. Biographies as in Bias in Bios
@@ -248,8 +255,7 @@ def load_task(
     (`split` chooses its part). `columns` says how the source calls what `COLUMNS` lists. The
     prompts follow the paper's appendix; the answer of Pronouns Changing is not given by the data.
     """
-    if name not in TASKS:
-        raise ValueError(f"task {name!r}: expected one of {', '.join(TASKS)}")
+    tiny = task_of(name)
     names = COLUMNS[name] | dict(columns or {})
     if unknown := set(names) - set(COLUMNS[name]):
         raise ValueError(f"columns {sorted(unknown)}: task {name} reads {sorted(COLUMNS[name])}")
@@ -265,7 +271,6 @@ def load_task(
         raise ValueError(f"{source}: no rows in it")
     labels = sorted({row["occupation"] for row in given}) if name == "biasbios" else []
     examples = [make(row, labels) for row in given]
-    tiny = TASKS[name]
     strict = first_words if tiny.strict is exact else tiny.strict
     return replace(tiny, strict=strict), examples
 

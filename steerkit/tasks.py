@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import GenerateDecoderOnlyOutput
 
 from steerkit.chat import Message
-from steerkit.heads import Prompt, padded
+from steerkit.heads import Prompt
 from steerkit.spans import encode, find_span
 
 Steer = Callable[[PreTrainedModel, object], AbstractContextManager]
@@ -109,15 +110,16 @@ def pronouns_strict(reply: str, example: Example) -> float:
     """They stands in the reply, no she or he of any form, and the rest of the source is kept.
 
     With an exact `answer` the reply must equal it; otherwise 80 % of the source's words are asked
-    for (the verbs change with the pronoun).
+    for, verbs in either number.
     """
     words = _words(reply)
     if not {"they", "them", "their", "theirs"} & set(words) or _PRONOUNS & set(words):
         return 0.0
     if example.answer:
         return exact(reply, example)
-    content = [w for w in _words(example.source) if w not in _PRONOUNS]
-    return float(sum(w in words for w in content) >= 0.8 * len(content))
+    said = {_stem(w) for w in words}
+    content = [_stem(w) for w in _words(example.source) if w not in _PRONOUNS]
+    return float(sum(w in said for w in content) >= 0.8 * len(content))
 
 
 def exact(reply: str, example: Example) -> float:
@@ -166,6 +168,7 @@ def consistency(replies: Sequence[str], references: Sequence[str]) -> list[float
 
 
 _PRONOUNS = {"she", "he", "her", "him", "hers", "his", "herself", "himself"}
+_PLURAL = {"is": "are", "was": "were", "has": "have", "does": "do", "goes": "go"}
 
 
 def _objects(text: str) -> list[dict]:
@@ -196,6 +199,10 @@ def _gone(reply: str, source: str, pronouns: set[str]) -> float:
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
+
+
+def _stem(word: str) -> str:
+    return _PLURAL.get(word, word.removesuffix("s"))
 
 
 def _entropy(words: Sequence[str], n: int) -> float:
@@ -291,7 +298,6 @@ def evaluate(
     return Measured(replies, found)
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -302,23 +308,19 @@ def generate(
     batch: int = 64,
 ) -> list[str]:
     """The greedy reply to each example, in batches with left padding."""
-    asked = [_prompt(tokenizer, e.messages) for e in examples]
-    order = sorted(range(len(asked)), key=lambda i: sum(len(m.content) for m in examples[i][0]))
-    replies = [""] * len(asked)
+    order = sorted(range(len(examples)), key=lambda i: _length(examples[i].messages))
+    replies = [""] * len(examples)
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
-        spans = [[_span(tokenizer, asked[i], examples[i])] if steer else [] for i in rows]
-        inputs, spans = encode(tokenizer, [asked[i] for i in rows], spans)
-        with steer(model, spans) if steer else nullcontext():
-            out = model.generate(
-                **inputs.to(model.device), max_new_tokens=max_new_tokens, do_sample=False
-            )
-        texts = tokenizer.batch_decode(
-            out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        out = _continue(model, tokenizer, [examples[i] for i in rows], steer, max_new_tokens)
+        texts = tokenizer.batch_decode(out.sequences, skip_special_tokens=True)
         for i, text in zip(rows, texts, strict=True):
             replies[i] = text.strip()
     return replies
+
+
+def _length(messages: Sequence[Message]) -> int:
+    return sum(len(m.content) for m in messages)
 
 
 def compare(
@@ -337,10 +339,12 @@ def compare(
     """
     if asked == "paraphrases":
         rows = [(i, e._replace(messages=m)) for i, e in enumerate(examples) for m in e.paraphrases]
+        if len({i for i, _ in rows}) < len(examples):
+            raise ValueError("an example has no paraphrases to compare its candidates on")
     else:
         rows = list(enumerate(examples))
     totals, counts = torch.zeros(len(examples)), torch.zeros(len(examples))
-    rows.sort(key=lambda row: sum(len(m.content) for m in row[1].messages))
+    rows.sort(key=lambda row: _length(row[1].messages))
     for start in range(0, len(rows), batch):
         some = rows[start : start + batch]
         for (i, _), won in zip(
@@ -348,31 +352,69 @@ def compare(
         ):
             totals[i] += won
             counts[i] += 1
-    return totals / counts.clamp(min=1)
+    return totals / counts
 
 
-@torch.no_grad()
 def _won(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     steer: Steer | None,
 ) -> list[bool]:
+    """The answer's words before the value are forced as if generated; then the next logits."""
     before = [e.answer[: e.answer.rindex(e.value)].rstrip() for e in examples]
-    prompts = [
-        prompt(tokenizer, e._replace(answer=text), end=False) if text else _open(tokenizer, e)
-        for e, text in zip(examples, before, strict=True)
-    ]
-    ids, keep, _ = padded(prompts, tokenizer.pad_token_id or 0)
-    with steer(model, keep) if steer else nullcontext():
-        logits = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+    forced = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in before]
+    steps = 1 + max(map(len, forced))
+    logits = _continue(model, tokenizer, examples, steer, steps, forced).logits
     won = []
-    for row, p, e in zip(logits, prompts, examples, strict=True):
-        last = row[len(p.ids) + len(p.answer) - 1]
+    for row, (ids, e) in enumerate(zip(forced, examples, strict=True)):
         first = [_first_token(tokenizer, e, candidate) for candidate in e.candidates]
-        right = e.candidates.index(e.value)
-        won.append(int(last[first].argmax()) == right)
+        won.append(int(logits[len(ids)][row, first].argmax()) == e.candidates.index(e.value))
     return won
+
+
+class _Force(LogitsProcessor):
+    """Row r writes the tokens forced[r] first."""
+
+    def __init__(self, forced: Sequence[Sequence[int]], start: int) -> None:
+        self.forced, self.start = forced, start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self.start
+        for row, ids in enumerate(self.forced):
+            if step < len(ids):
+                scores[row] = -torch.inf
+                scores[row, ids[step]] = 0.0
+        return scores
+
+
+@torch.no_grad()
+def _continue(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    steer: Steer | None,
+    steps: int,
+    forced: Sequence[Sequence[int]] = (),
+) -> GenerateDecoderOnlyOutput:
+    """One batch of greedy replies, padded on the left, steered towards each example's span."""
+    asked = [_prompt(tokenizer, e.messages) for e in examples]
+    spans = [
+        [_span(tokenizer, p, e)] if steer else [] for p, e in zip(asked, examples, strict=True)
+    ]
+    inputs, spans = encode(tokenizer, asked, spans)
+    start = inputs["input_ids"].shape[1]
+    options = {"logits_processor": [_Force(forced, start)], "output_logits": True} if forced else {}
+    with steer(model, spans) if steer else nullcontext():
+        out = model.generate(
+            **inputs.to(model.device),
+            max_new_tokens=steps,
+            do_sample=False,
+            return_dict_in_generate=True,
+            **options,
+        )
+    out.sequences = out.sequences[:, start:]
+    return out
 
 
 def _first_token(tokenizer: PreTrainedTokenizerBase, example: Example, word: str) -> int:

@@ -1,0 +1,365 @@
+"""The four tasks: what is drawn, the metrics by hand, other ways to ask, real files."""
+
+import json
+import math
+from collections import Counter
+from functools import partial
+
+import pytest
+import torch
+
+from steerkit.chat import Message, prompt, reply
+from steerkit.emphasis import emphasise
+from steerkit.spans import find_span
+from steerkit.task_data import TASKS, load_task, task_of
+from steerkit.tasks import (
+    Example,
+    compare,
+    consistency,
+    evaluate,
+    exact,
+    few_shot,
+    first_words,
+    fluency,
+    generate,
+    json_paper,
+    json_strict,
+    json_value_paper,
+    kept,
+    marked,
+    prompts,
+    pronouns_paper,
+    pronouns_strict,
+    states_value,
+)
+
+EVERY = pytest.mark.parametrize("name", list(TASKS))
+FORMS = pytest.mark.parametrize("conflict", [False, True], ids=["easy", "conflict"])
+STEER = partial(emphasise, heads=[(0, 1), (2, 0), (2, 3)], alpha=0.01)
+
+
+def example(**changes) -> Example:
+    row = {"messages": (Message("user", "?"),), "span": "?", "answer": "", "value": "nurse"}
+    return Example(**row | changes)
+
+
+# --- what is drawn -----------------------------------------------------------------------------
+
+
+@EVERY
+@FORMS
+def test_the_right_answer_is_right_by_every_metric_and_an_empty_reply_by_no_strict_one(
+    name, conflict
+):
+    task = TASKS[name]
+    for e in task.examples(30, seed=0, conflict=conflict):
+        assert task.strict(e.answer, e) == 1, e
+        assert all(metric(e.answer, e) == 1 for metric in task.paper.values()), e
+        assert kept(e.answer, e) == 1, e
+        assert task.strict("", e) == 0
+        assert kept("", e) == 0
+
+
+@EVERY
+def test_a_seed_draws_the_same_examples_and_another_seed_others(name):
+    task = TASKS[name]
+    assert task.examples(5, seed=1) == task.examples(5, seed=1)
+    assert task.examples(5, seed=1) != task.examples(5, seed=2)
+
+
+@EVERY
+def test_profiling_and_test_examples_share_nothing_that_is_asked(name):
+    drawn = {s: TASKS[name].examples(200, seed=0, split=s) for s in ("profile", "test")}
+    asked = {s: {e.messages[-1].content for e in rows} for s, rows in drawn.items()}
+    assert not asked["profile"] & asked["test"]
+    # Beyond the wording: no stranger of the one is in the other, no memorised fact, no sentence.
+    if name == "pronouns":
+        sentences = {s: {e.source.split(maxsplit=1)[1] for e in rows} for s, rows in drawn.items()}
+        assert not sentences["profile"] & sentences["test"]
+    if name == "biasbios":
+        people = {s: {e.kept[0] for e in rows} for s, rows in drawn.items()}
+        assert not people["profile"] & people["test"]
+    if name == "counterfact":
+        facts = {s: {(e.kept[0], e.candidates[1]) for e in rows} for s, rows in drawn.items()}
+        assert not facts["profile"] & facts["test"]
+
+
+@EVERY
+def test_nothing_competes_in_the_easy_form(name):
+    for e in TASKS[name].examples(50, seed=0, conflict=False):
+        text = " ".join(m.content for m in e.messages)
+        rivals = [c for c in e.candidates if c != e.value]
+        assert not any(f" {r}." in text for r in rivals if r not in e.kept)
+        assert "capital" not in text
+        assert len(e.messages) <= 2
+
+
+@EVERY
+@FORMS
+def test_each_span_is_found_in_its_prompt(tiny, name, conflict):
+    _, tokenizer = tiny
+    for e, p in zip(
+        rows := TASKS[name].examples(20, seed=3, conflict=conflict),
+        prompts(tokenizer, rows),
+        strict=True,
+    ):
+        ((start, end),) = p.spans
+        assert tokenizer.decode(p.ids[start:end]).strip() == e.span
+        assert tokenizer.decode(p.answer) == e.answer + tokenizer.eos_token
+
+
+def test_a_split_has_one_of_two_names():
+    with pytest.raises(ValueError, match='split="train": expected "profile" or "test"'):
+        TASKS["json"].examples(1, seed=0, split="train")
+
+
+# --- metrics by hand ---------------------------------------------------------------------------
+
+
+def test_the_papers_json_metric_takes_any_object_in_the_reply_and_the_strict_one_does_not():
+    e = example(answer='{"answer": "a nurse"}')
+    inside = 'Sure! {"answer": "a nurse"} Is that all?'
+    assert (json_paper(inside, e), json_value_paper(inside, e), json_strict(inside, e)) == (1, 1, 0)
+    other = '{"answer": "a judge"}'
+    assert (json_paper(other, e), json_value_paper(other, e), json_strict(other, e)) == (1, 0, 0)
+    assert json_strict('{ "Answer" : "A nurse"}\n', e) == 1
+    assert json_paper('{"answer": "a nurse', e) == json_strict("", e) == 0
+
+
+def test_the_papers_pronoun_metric_rewards_silence_and_the_strict_one_does_not():
+    e = example(source="She is a nurse and he likes her soup.")
+    assert pronouns_paper("", e) == 1
+    assert pronouns_strict("", e) == 0
+    assert pronouns_paper("They are a nurse and he likes soup.", e) == 0.5
+    assert pronouns_strict("They are a nurse and they like their soup.", e) == 1
+    assert pronouns_strict("They are a nurse and they like her soup.", e) == 0
+    assert pronouns_strict("They are here.", e) == 0  # content lost
+
+
+def test_a_value_is_stated_when_no_rival_is():
+    e = example(candidates=("nurse", "judge"))
+    assert states_value("Ida is a Nurse.", e) == 1
+    assert states_value("Ida is a nurse or a judge.", e) == 0
+    assert states_value("Ida is a nursery.", e) == 0
+
+
+def test_exact_asks_for_the_whole_reply_and_first_words_for_its_beginning():
+    e = example(answer="a nurse")
+    assert (exact("a  nurse", e), exact("a nurse today", e)) == (1, 0)
+    assert (first_words("a nurse today", e), first_words("nurse", e)) == (1, 0)
+    assert first_words("anything", example(answer="")) == 0
+
+
+def test_fluency_is_the_weighted_entropy_of_bigrams_and_trigrams():
+    words = ["a", "b", "a", "b", "c", "a", "b", "a", "b", "c", "d"]
+
+    def entropy(n):
+        grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        p = [k / len(grams) for k in Counter(grams).values()]
+        return sum(-x * math.log2(x) for x in p)
+
+    expected = (2 / 3 * entropy(2) + 4 / 3 * entropy(3)) / 2
+    assert fluency(" ".join(words)) == pytest.approx(expected)
+    assert fluency("no no no no no no") == 0 == fluency("")
+
+
+def test_consistency_is_one_for_the_reference_and_zero_for_other_words():
+    references = ["Ida likes soup", "Paul likes fish"]
+    same, other = consistency(references, references), consistency(["x", ""], references)
+    assert same == pytest.approx([1, 1])
+    assert other == [0, 0]
+    # The word that both references share tells less than the one that is theirs alone.
+    common, own = consistency(["likes", "Paul"], references)
+    assert common < own
+
+
+# --- other ways to ask -------------------------------------------------------------------------
+
+
+def test_marks_stand_around_the_span_in_the_prompt_and_its_paraphrases():
+    e = TASKS["counterfact"].examples(1, seed=0)[0]
+    m = marked(e, '"')
+    for before, after in zip(
+        (e.messages, *e.paraphrases), (m.messages, *m.paraphrases), strict=True
+    ):
+        assert after[-1].content == before[-1].content.replace(e.span, f'"{e.span}"')
+    assert m.span == f'"{e.span}"'
+
+
+@EVERY
+def test_few_shots_are_whole_exchanges_in_front_of_the_question(name):
+    e, *shots = TASKS[name].examples(4, seed=0)
+    f = few_shot(e, shots)
+    assert f.messages[-1] == e.messages[-1]
+    assert [m for m in f.messages if m.role == "system"] == [
+        m for m in e.messages if m.role == "system"
+    ]
+    spoken = [m.role for m in f.messages if m.role != "system"]
+    assert spoken == ["user", "assistant"] * (len(spoken) // 2) + ["user"]
+    replies = [m.content for m in f.messages if m.role == "assistant"]
+    assert [r for r in replies if r in {s.answer for s in shots}] == [s.answer for s in shots]
+    assert all(any(s.span in m.content for m in f.messages) for s in shots)
+
+
+# --- a model on examples -----------------------------------------------------------------------
+
+
+def test_unsteered_replies_are_those_of_chat_reply(tiny):
+    model, tokenizer = tiny
+    examples = TASKS["pronouns"].examples(6, seed=0)
+    wanted = reply(model, tokenizer, [e.messages for e in examples])
+    assert generate(model, tokenizer, examples, batch=4) == wanted
+
+
+def test_steered_replies_do_not_depend_on_the_batch(tiny):
+    model, tokenizer = tiny
+    examples = [e for name in TASKS for e in TASKS[name].examples(2, seed=0)]
+    together = generate(model, tokenizer, examples, steer=STEER)
+    alone = [generate(model, tokenizer, [e], steer=STEER)[0] for e in examples]
+    assert together == alone
+    assert together != generate(model, tokenizer, examples)
+
+
+@pytest.mark.parametrize("steer", [None, STEER], ids=["plain", "steered"])
+def test_compare_is_the_loop_over_single_prompts(tiny, steer):
+    model, tokenizer = tiny
+    examples = TASKS["biasbios"].examples(6, seed=0)
+    expected = []
+    for e in examples:
+        before = e.answer[: e.answer.rindex(e.value)].rstrip()
+        asked, said = prompt(tokenizer, e.messages), tokenizer(before)["input_ids"]
+        ids = torch.tensor([asked + said])
+        inside = torch.zeros(ids.shape, dtype=torch.bool)
+        start, end = find_span(tokenizer, e.messages, e.span)
+        inside[0, start:end] = True
+        inside[0, len(asked) :] = True  # what is generated keeps its weight
+        with torch.no_grad():
+            if steer is None:
+                logits = model(input_ids=ids).logits
+            else:
+                with steer(model, inside):
+                    logits = model(input_ids=ids, use_cache=False).logits
+        words = {c: logits[0, -1, tokenizer(" " + c)["input_ids"][0]].item() for c in e.candidates}
+        expected.append(float(max(words, key=words.get) == e.value))
+    assert compare(model, tokenizer, examples, steer=steer, batch=4).tolist() == expected
+
+
+def test_evaluate_gives_one_number_per_example_and_score(tiny):
+    model, tokenizer = tiny
+    task = TASKS["counterfact"]
+    found = evaluate(model, tokenizer, task, task.examples(3, seed=0, conflict=False))
+    assert {k: len(v) for k, v in found.scores.items()} == dict.fromkeys(
+        ["strict", "value", "kept", "fluency", "consistency", "ES", "PS"], 3
+    )
+    assert found.scores["strict"].tolist() == [1, 1, 1]
+
+
+def test_paraphrases_are_asked_for_by_name(tiny):
+    model, tokenizer = tiny
+    bare = [e._replace(paraphrases=()) for e in TASKS["counterfact"].examples(2, seed=0)]
+    with pytest.raises(ValueError, match="has no paraphrases"):
+        compare(model, tokenizer, bare, asked="paraphrases")
+
+
+def test_an_example_without_answer_cannot_be_scored_by_its_answer(tiny):
+    with pytest.raises(ValueError, match=r"example without answer .*give one"):
+        prompts(tiny[1], [example(answer=" ", messages=(Message("user", "Hello"),))])
+
+
+# --- the real data -----------------------------------------------------------------------------
+
+BIOS = [
+    {"raw": "Ida Fox is a nurse. She likes soup.", "title": "nurse", "name": ["Ida", "", "Fox"]},
+    {"raw": "Dr. Bo Lee writes. He is tall.", "title": "poet", "name": "Bo Lee"},
+]
+FACTS = [
+    {
+        "requested_rewrite": {
+            "prompt": "The mother tongue of {} is",
+            "subject": "Ida Fox",
+            "target_new": {"str": "English"},
+            "target_true": {"str": "French"},
+        },
+        "paraphrase_prompts": ["Ida Fox was born. Ida Fox speaks", "Ida Fox's language is"],
+    }
+]
+
+
+def written(path, rows):
+    lines = [json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) if path.suffix == ".jsonl" else json.dumps(rows))
+    return path
+
+
+@pytest.mark.parametrize("name", ["json", "pronouns", "biasbios"])
+@pytest.mark.parametrize("kind", ["bios.jsonl", "bios.json"])
+def test_biographies_are_read_from_a_file(tmp_path, name, kind):
+    task, (ida, bo) = load_task(name, written(tmp_path / kind, BIOS))
+    assert task.name == name
+    assert ida.span in ida.messages[0].content
+    assert "Ida Fox" in ida.messages[0].content
+    assert (ida.value, bo.value) == ("nurse", "poet")
+    if name == "biasbios":
+        assert ida.span == "Ida Fox is a nurse."
+        assert ida.candidates == ("nurse", "poet")
+        assert task.strict("nurse. She", ida) == 1
+    if name == "json":
+        assert task.strict('{"name": "Ida Fox", "occupation": "nurse"}', ida) == 1
+    if name == "pronouns":
+        assert task.strict("Ida Fox is a nurse. They like soup.", ida) == 1
+
+
+def test_columns_may_have_other_names_and_csv_will_do(tmp_path):
+    path = tmp_path / "bios.csv"
+    path.write_text("bio,title,name\nIda Fox is a nurse.,nurse,Ida Fox\n")
+    _, (ida,) = load_task("biasbios", path, columns={"text": "bio"})
+    assert ida.span == "Ida Fox is a nurse."
+
+
+def test_counterfactuals_are_read_from_a_file(tmp_path, tiny):
+    task, (fact,) = load_task("counterfact", written(tmp_path / "facts.json", FACTS))
+    assert fact.span == "Currently, The mother tongue of Ida Fox is English."
+    assert fact.messages[0].content == (
+        "Previously, The mother tongue of Ida Fox is French. "
+        f"{fact.span} The mother tongue of Ida Fox is"
+    )
+    assert fact.candidates == ("English", "French")
+    assert len(fact.paraphrases) == 2
+    found = evaluate(*tiny, task, [fact], max_new_tokens=2)  # runs on any chat model
+    assert found.scores["PS"].item() in (0, 0.5, 1)
+
+
+def test_a_data_set_is_read_by_datasets(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "bios").mkdir()
+    written(tmp_path / "bios" / "train.jsonl", [BIOS[1]])
+    _, (bo,) = load_task("json", tmp_path / "bios")
+    assert bo.value == "poet"
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "text", "said"),
+    [
+        ("json", "b.jsonl", '{"raw": "x", "name": "y"}', r"no column 'title' .*columns=\{"),
+        ("counterfact", "b.jsonl", '{"raw": "x"}', "no column 'requested_rewrite'"),
+        ("json", "b.jsonl", '{"raw": "x", "na', "cannot be read as jsonl"),
+        ("json", "b.jsonl", "", "no rows in it"),
+        ("json", "b.txt", "hello", "expected a .json, .jsonl or .csv file"),
+        ("json", "absent.json", None, "no such file"),
+        ("poems", "b.jsonl", "", "task 'poems': expected one of json, pronouns"),
+    ],
+)
+def test_a_bad_file_is_one_clear_error(tmp_path, name, file, text, said):
+    path = tmp_path / file
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        load_task(name, path)
+
+
+def test_unknown_columns_and_tasks_are_named(tmp_path):
+    path = written(tmp_path / "b.jsonl", BIOS)
+    with pytest.raises(ValueError, match=r"columns \['bio'\]: task json reads"):
+        load_task("json", path, columns={"bio": "raw"})
+    with pytest.raises(ValueError, match="task 'x': expected one of"):
+        task_of("x")
