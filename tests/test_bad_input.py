@@ -18,18 +18,26 @@ import steerkit
 from steerkit import (
     attention,
     backcopy,
+    constraints,
     gates,
+    heads,
+    maps,
     plots,
     recomputed_losses,
     results,
     runner,
     streameval,
     student,
+    task_data,
     timing,
     token_losses,
     training,
+    turns,
+    view,
 )
+from steerkit.emphasis import emphasise
 from steerkit.sink_cache import SinkCache
+from steerkit.spans import find_span
 from steerkit.streaming import stream_chat
 
 Kit = SimpleNamespace
@@ -55,6 +63,20 @@ def text_file(k: Kit, content: bytes) -> Path:
     path = k.folder / "book.txt"
     path.write_bytes(content)
     return path
+
+
+def csv_file(k: Kit) -> Path:
+    return text_file(k, b"a,b\n1,2\n").rename(k.folder / "book.csv")
+
+
+def steer(k: Kit, spans: object, **options: Any) -> None:
+    """One forward with the spans emphasised."""
+    with torch.no_grad(), emphasise(k.model, spans, **{"heads": [(0, 0)], **options}):
+        k.model(input_ids=k.ids)
+
+
+def phrase(k: Kit, text: str, **options: int) -> tuple[int, int]:
+    return find_span(k.tokenizer, "From Oslo to Oslo it is not far.", text, **options)
 
 
 def read(k: Kit, path: object) -> list[int]:
@@ -231,6 +253,172 @@ ROWS: list[Row] = [
         ValueError,
         r"ids of shape \(1,\): expected \(B, T\)",
     ),
+    # Emphasis, spans, heads
+    *(
+        (
+            f"alpha {alpha}",
+            lambda k, alpha=alpha: steer(k, [[(2, 4)]], alpha=alpha),
+            ValueError,
+            rf"alpha={alpha}: expected 0 < alpha <= 1",
+        )
+        for alpha in (0, -1, 1.5, float("nan"))
+    ),
+    *(
+        (f"spans {spans}", lambda k, spans=spans: steer(k, spans), ValueError, message)
+        for spans, message in (
+            ([], "no spans: expected for each row"),
+            ([[]], "expected a list of at least one"),
+            ([[(4, 4)]], r"span \[4, 4\) is empty"),
+            ([[(4, 2)]], r"span \[4, 2\) is empty, reversed"),
+            ([[(-1, 2)]], "negative: expected 0 <= start < end"),
+            ([[(2, 99)]], "past the end of a prompt of 32"),
+            ([[(2, 4)]] * 2, "a batch of 1 rows, spans for 2"),
+        )
+    ),
+    (
+        "an empty mask",
+        lambda k: steer(k, torch.zeros(1, 32, dtype=torch.bool)),
+        ValueError,
+        r"rows \[0\] of the mask are empty",
+    ),
+    (
+        "a mask of numbers",
+        lambda k: steer(k, torch.ones(1, 32)),
+        ValueError,
+        "spans of torch.float32 .*: expected a bool mask",
+    ),
+    (
+        "a layer that is not there",
+        lambda k: steer(k, [[(2, 4)]], heads=[(6, 0)]),
+        ValueError,
+        "L6H0: expected 0 <= layer < 6",
+    ),
+    (
+        "a head that is not there",
+        lambda k: steer(k, [[(2, 4)]], heads=[(0, 6)]),
+        ValueError,
+        "L0H6: expected 0 <= index < 6 query heads",
+    ),
+    ("an absent phrase", lambda k: phrase(k, "Rome"), ValueError, "'Rome' is not in the prompt"),
+    ("an empty phrase", lambda k: phrase(k, " "), ValueError, "phrase ' ' is empty"),
+    (
+        "a phrase twice",
+        lambda k: phrase(k, "Oslo"),
+        ValueError,
+        "2 times: choose one by occurrence=0",
+    ),
+    (
+        "a third time",
+        lambda k: phrase(k, "Oslo", occurrence=2),
+        ValueError,
+        "occurrence=2: 'Oslo' stands in the prompt 2 times",
+    ),
+    (
+        "no examples",
+        lambda k: heads.score_heads(k.model, []),
+        ValueError,
+        "no examples: the heads are scored on at least one",
+    ),
+    (
+        "a head table that is cut",
+        lambda k: heads.load_table(text_file(k, b'{"kind": ')),
+        ValueError,
+        "book.txt: not a whole head table .*was it cut",
+    ),
+    (
+        "a head file that is none",
+        lambda k: heads.read_heads(text_file(k, b"[1, 2]")),
+        ValueError,
+        "book.txt: not a head file",
+    ),
+    (
+        "no random heads",
+        lambda k: heads.random_heads((6, 6), 0, seed=0),
+        ValueError,
+        "k=0: expected 1 <= k",
+    ),
+    # Tasks and instructions
+    (
+        "an unknown task",
+        lambda k: task_data.task_of("poetry"),
+        ValueError,
+        "'poetry': expected one of",
+    ),
+    (
+        "an unknown split",
+        lambda k: task_data.task_of("json").examples(1, seed=0, split="train"),
+        ValueError,
+        'split="train": expected "profile" or "test"',
+    ),
+    (
+        "a task's missing file",
+        lambda k: task_data.load_task("json", k.folder / "x.csv"),
+        ValueError,
+        "x.csv: no such file; give a .json, .jsonl or .csv",
+    ),
+    (
+        "a task's wrong columns",
+        lambda k: task_data.load_task("json", csv_file(k)),
+        ValueError,
+        "no column .* for task json, there are .'a', 'b'.*columns=",
+    ),
+    (
+        "two languages",
+        lambda k: constraints.check_together(
+            [constraints.Constraint("language", x) for x in ("French", "German")]
+        ),
+        ValueError,
+        "contradict each other: no reply obeys both",
+    ),
+    # Maps and pages
+    (
+        "no bins",
+        lambda k: maps.attention_map(k.model, k.ids, bins=0),
+        ValueError,
+        "bins=0: expected",
+    ),
+    (
+        "33 bins",
+        lambda k: maps.attention_map(k.model, k.ids, bins=33),
+        ValueError,
+        "1 <= bins <= 32",
+    ),
+    (
+        "skipped keys",
+        lambda k: maps.attention_map(k.model, k.ids, bins=4, skip=32),
+        ValueError,
+        "skip=32: expected 0 <= skip < 32",
+    ),
+    (
+        "a reduction",
+        lambda k: maps.attention_map(k.model, k.ids, bins=4, reduce="median"),
+        ValueError,
+        'reduce=\'median\': expected "max", "mean" or a function',
+    ),
+    (
+        "no messages",
+        lambda k: turns.turns(k.tokenizer, []),
+        ValueError,
+        "no messages: give at least",
+    ),
+    (
+        "no tokens",
+        lambda k: view.attention_page([], [], title="t"),
+        ValueError,
+        "no tokens to show: give at least one",
+    ),
+    (
+        "values of other tokens",
+        lambda k: view.attention_page(["a", "b"], [1.0], title="t"),
+        ValueError,
+        "1 values for 2 tokens: expected one each",
+    ),
+    (
+        "a negative value",
+        lambda k: view.attention_page(["a"], [-1.0], title="t"),
+        ValueError,
+        "expected finite numbers, 0 or more",
+    ),
     # Figures and results
     (
         "no caption",
@@ -383,11 +571,11 @@ NAMES = [row[0] for row in ROWS]
 def test_it_is_refused_in_one_line(
     k: Kit, name: str, call: Callable[[Kit], Any], error: type[Exception], message: str
 ) -> None:
-    before = sorted(p for p in k.folder.rglob("*") if p.name != "book.txt")
+    before = sorted(p for p in k.folder.rglob("*") if p.stem != "book")
     with pytest.raises(error, match=message) as caught:
         call(k)
     assert type(caught.value) is error and "\n" not in str(caught.value)
-    assert sorted(p for p in k.folder.rglob("*") if p.name != "book.txt") == before
+    assert sorted(p for p in k.folder.rglob("*") if p.stem != "book") == before
 
 
 def test_the_table_is_long_and_each_row_has_its_name() -> None:
