@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+# The format of many chat models, without the system text that the templates of some add.
+CHATML = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}\
+{% if m['role'] == 'assistant' %}\
+{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}\
+{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
 
 class Message(NamedTuple):
     """One message: role is "system", "user" or "assistant"."""
@@ -49,7 +56,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if len(re.findall(r"\w{2,}", words)) > 2:
         raise ValueError(
             f'the chat template puts a text of its own before the user\'s: "{before.strip()}"; '
-            "give a template without it (tokenizer.chat_template = ...)"
+            "give a template without it (tokenizer.chat_template = chat.CHATML, or your own)"
         )
 
 

@@ -219,19 +219,28 @@ def sample(
     settings |= {"max_new_tokens": max_new_tokens, "batch": batch, "plans": _digest(plans)}
     done = read_samples(out, settings) if out is not None else []
     starts = range(len(done) // batch * batch, len(plans), batch)
-    with tqdm(total=len(plans), initial=len(done), unit="dialogue", disable=not progress) as bar:
+    total, held = (sum(len(p.questions) for p in part) for part in (plans, plans[: len(done)]))
+    bar = tqdm(total=total, initial=held, unit="reply", mininterval=1, disable=not progress)
+    with bar:
         for start in starts:
             rows = plans[start : start + batch]
             with torch.random.fork_rng():
                 torch.manual_seed(seed * 1_000_003 + start)
                 chosen = _sample_batch(
-                    model, tokenizer, rows, candidates, every, temperature, max_new_tokens, reward
+                    model,
+                    tokenizer,
+                    rows,
+                    candidates,
+                    every,
+                    temperature,
+                    max_new_tokens,
+                    reward,
+                    bar,
                 )
             fresh = chosen[max(0, len(done) - start) :]
             if out is not None:
                 _append(out, fresh)
             done += fresh
-            bar.update(len(fresh))
     return done
 
 
@@ -244,6 +253,7 @@ def _sample_batch(
     temperature: float,
     max_new_tokens: int,
     reward: Reward | None,
+    bar: tqdm,
 ) -> list[Sample]:
     talk = Dialogues(model, tokenizer)
     messages: list[list[Message]] = [[] for _ in plans]
@@ -269,6 +279,7 @@ def _sample_batch(
             replies[i].append(group[pick])
             good[i].append(scores[pick][0])
             messages[i].append(Message("assistant", group[pick]))
+        bar.update(min(len(live), bar.total - bar.n))
         on = [k for k, i in zip(best, live, strict=True) if turn + 1 < len(plans[i].questions)]
         if on:
             talk.select([k for k in on for _ in range(candidates)])

@@ -18,19 +18,21 @@ import torch
 from torch import Tensor
 
 from steerkit import gates, gatt, gatt_eval
-from steerkit.constraints import FAMILIES, Constraint
+from steerkit.constraints import FAMILIES, REAL_FAMILIES, Constraint
 from steerkit.gatt_training import Settings, train
 from steerkit.models import DATA, load
-from steerkit.results import data_file, versions, write_bytes, write_json
+from steerkit.results import bootstrap, data_file, versions, write_bytes, write_json
 
 ARMS = ("base", "every turn", "all turns", "gatt", "dpo", "unseen families")
 UNSEEN = ("hobby", "json")  # kept out of the arm "unseen families", and measured there
 PROBE_TURNS = (2, 4, 6, 20)  # Table 30
+_FAMILIES = {"world": FAMILIES, "real": REAL_FAMILIES}
+_ASK: dict[str, gatt.Ask] = {"world": gates.question_for, "real": gatt.real_question}
 SETTINGS = Settings()
-DIALOGUES = 96
+DIALOGUES = 84
 CANDIDATES = 2
-PROBES = 0.1  # share of user messages that ask for the instruction, while sampling
-N = {"gatt": 22, "unseen families": 22}  # dialogues per family and split of one seed; others: 8
+PROBES = 0.25  # share of user messages that ask for the instruction, while sampling
+N = {"gatt": 22, "unseen families": 22}  # dialogues per family and split of one seed; others: 6
 
 
 def settings_of(arm: str, seed: int) -> Settings:
@@ -40,13 +42,22 @@ def settings_of(arm: str, seed: int) -> Settings:
     return replace(SETTINGS, seed=seed)
 
 
-def training_plans(seed: int, *, dialogues: int = DIALOGUES, turns: int = 20) -> list[gatt.Plan]:
-    """What is sampled for one seed: an eighth of the dialogues has no instruction at all."""
+def training_plans(
+    seed: int, *, dialogues: int = DIALOGUES, turns: int = 20, table: str = "world"
+) -> list[gatt.Plan]:
+    """What is sampled for one seed: one dialogue in twelve has no instruction at all."""
     # Languages thrice: to hold one that was never trained on is the hardest of what is asked.
-    families = [*FAMILIES, "language", "language"]
+    families = [*_FAMILIES[table], "language", "language"]
     rng = random.Random(f"plans {seed}")
-    given = [gatt.draw(rng, families=families) if i % 8 else () for i in range(dialogues)]
-    return [gatt.make_plan(rng, c, turns=turns, probes=PROBES if c else 0.3) for c in given]
+    options = {"families": families, "table": table}
+    given = [gatt.draw(rng, **options) if i % 12 else () for i in range(dialogues)]
+    untold = PROBES if table == "world" else 0.0  # a real model's words for "none" are not known
+    shares = [PROBES if c else untold for c in given]
+    ask = _ASK[table]
+    return [
+        gatt.make_plan(rng, c, turns=turns, probes=share, ask=ask)
+        for c, share in zip(given, shares, strict=True)
+    ]
 
 
 def without_families(
@@ -79,31 +90,53 @@ def rows_of(
 
 
 def evaluation_plans(
-    seed: int, n: int, *, held_out: bool, families: Sequence[str] = FAMILIES, turns: int = 20
+    seed: int,
+    n: int,
+    *,
+    held_out: bool,
+    families: Sequence[str] | None = None,
+    turns: int = 20,
+    table: str = "world",
 ) -> list[gatt.Plan]:
     """`n` dialogues of one instruction for each family that has such values."""
     rng = random.Random(f"evaluation {seed} {held_out}")
-    fit = [f for f in families if gatt.split_values(f)[held_out]]
-    drawn = [gatt.draw(rng, families=[f], held_out=held_out) for f in fit for _ in range(n)]
-    return [gatt.make_plan(rng, given, turns=turns) for given in drawn]
+    fit = [f for f in families or _FAMILIES[table] if gatt.split_values(f, table)[held_out]]
+    options = {"held_out": held_out, "table": table}
+    drawn = [gatt.draw(rng, families=[f], **options) for f in fit for _ in range(n)]
+    return [gatt.make_plan(rng, given, turns=turns, ask=_ASK[table]) for given in drawn]
 
 
 def measure(
-    arm: str, model: gatt.Model, tokenizer: gatt.Tokenizer, seed: int, *, n: int, side: bool = True
+    arm: str,
+    model: gatt.Model,
+    tokenizer: gatt.Tokenizer,
+    seed: int,
+    *,
+    n: int,
+    side: bool = False,
+    turns: int = 20,
+    table: str = "world",
+    max_new_tokens: int = 48,
+    progress: bool = False,
 ) -> dict[str, Any]:
-    """All that notebook 01 shows of one model: 0/1 rows as strings, so that it can resample them.
+    """One record of what notebook 01 shows of a model: 0/1 rows as strings, to be resampled there.
 
-    `n` dialogues per family and split; `side` adds side effects, histories and the KL divergence.
+    `n` dialogues per family and split; `side` adds side effects and foreign histories.
     """
-    families = UNSEEN if arm == "unseen families" else FAMILIES
+    families = UNSEEN if arm == "unseen families" else None
     every = arm == "every turn"
-    found: dict[str, Any] = {"cells": {}}
+    found: dict[str, Any] = {"arm": arm, "seed": seed, "cells": {}}
     for split in ("seen", "held-out"):
-        plans = evaluation_plans(seed, n, held_out=split == "held-out", families=families)
-        if not plans:
-            continue
+        options = {"families": families, "turns": turns, "table": table}
+        plans = evaluation_plans(seed, n, held_out=split == "held-out", **options)
         rows = gatt_eval.adherence_by_turn(
-            model, tokenizer, plans, every=every, probe_turns=PROBE_TURNS
+            model,
+            tokenizer,
+            plans,
+            every=every,
+            probe_turns=[t for t in PROBE_TURNS if t <= turns],
+            max_new_tokens=max_new_tokens,
+            progress=progress,
         )
         found["cells"][split] = {
             "family": [p.constraints[0].family for p in plans],
@@ -176,7 +209,7 @@ def run_arm(arm: str, seed: int, out: Path, *, progress: bool = True) -> dict[st
         wanted |= {"rows": len(rows), "good": sum(sum(s.good) for s in samples)}
     trained = time.perf_counter() - start
     side = arm not in ("every turn", "unseen families")
-    found = measure(arm, model, tokenizer, seed, n=N.get(arm, 8), side=side)
+    found = measure(arm, model, tokenizer, seed, n=N.get(arm, 6), side=side)
     if side:
         teacher, _ = load("tiny")
         found["kl"] = kl_by_turn(model, teacher, tokenizer, seed)
@@ -196,6 +229,52 @@ def records(path: Path | None = None) -> list[dict[str, Any]]:
     """The stored records: one per arm and seed."""
     path = data_file("gatt_results.json") if path is None else path
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def rows(
+    found: Sequence[dict[str, Any]],
+    arm: str,
+    split: str,
+    key: str = "obeyed",
+    *,
+    family: str | None = None,
+) -> Tensor:
+    """All dialogues of an arm, seeds one after the other: (N, T) of 0, 1 and NaN."""
+    cells = [r["cells"][split] for r in found if r["arm"] == arm]
+    kept = [
+        row
+        for cell in cells
+        for name, row in zip(cell["family"], cell[key], strict=True)
+        if family in (None, name)
+    ]
+    if not kept:
+        raise ValueError(f"no dialogues of {arm!r}, {split}, {family}: is the arm in the records?")
+    return unpack(kept)
+
+
+def by_turn(
+    found: Sequence[dict[str, Any]], arm: str, split: str = "seen", key: str = "obeyed"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and 95 % interval over an arm's dialogues: three (T,)."""
+    return bootstrap(rows(found, arm, split, key))
+
+
+def foreign(found: Sequence[dict[str, Any]], arm: str, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Like `by_turn`, on histories that the model did not write: "neutral" or "competing"."""
+    return bootstrap(torch.cat([unpack(r[kind]) for r in found if r["arm"] == arm and kind in r]))
+
+
+def recall(found: Sequence[dict[str, Any]], arm: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and 95 % interval of the recall probe at `PROBE_TURNS`, all values; families without a
+    probe are left out."""
+    both = torch.cat([rows(found, arm, split, "recalled") for split in ("seen", "held-out")])
+    return bootstrap(both[~both.isnan().any(1)])
+
+
+def mean_of(found: Sequence[dict[str, Any]], arm: str, key: str) -> list[float]:
+    """One number per seed: the mean of a side effect's rows, or the number itself."""
+    values = [r[key] for r in found if r["arm"] == arm and key in r]
+    return [unpack(v).mean().item() if isinstance(v, list) else v for v in values]
 
 
 def ship(folder: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from steerkit.chat import Dialogues, Message, encode, play, prompt, reply
 from steerkit.constraints import FAMILIES, Constraint, values
@@ -45,6 +46,7 @@ def adherence_by_turn(
     probe_turns: Sequence[int] = (),
     max_new_tokens: int = 48,
     batch: int = 64,
+    progress: bool = False,
 ) -> Adherence:
     """Greedy replies to each plan's messages, judged turn by turn.
 
@@ -54,9 +56,11 @@ def adherence_by_turn(
     the user's message, and the answer is not kept.
     """
     parts = []
-    for start in range(0, len(plans), batch):
-        rows = plans[start : start + batch]
-        parts.append(_play(model, tokenizer, rows, every, forced, probe_turns, max_new_tokens))
+    with tqdm(total=len(plans), unit="dialogue", mininterval=1, disable=not progress) as bar:
+        for start in range(0, len(plans), batch):
+            rows = plans[start : start + batch]
+            options = (every, forced, probe_turns, max_new_tokens, bar)
+            parts.append(_play(model, tokenizer, rows, *options))
     replies = [row for part in parts for row in part[1]]
     pairs = list(zip(plans, replies, strict=True))
     obeyed = [[all(c.obeyed(r) for c in p.constraints) for r in row] for p, row in pairs]
@@ -73,6 +77,7 @@ def _play(
     forced: Forced | None,
     probe_turns: Sequence[int],
     max_new_tokens: int,
+    bar: tqdm,
 ) -> tuple[Tensor, list[list[str]]]:
     talk = Dialogues(model, tokenizer)
     dialogues: list[list[Message]] = [[] for _ in plans]
@@ -96,6 +101,7 @@ def _play(
         for rows, plan, said, text in zip(dialogues, plans, replies, texts, strict=True):
             said.append(text)
             rows.append(Message("assistant", forced(plan, turn) if forced else text))
+        bar.update(len(plans) / len(plans[0].questions))
     return recalled, replies
 
 

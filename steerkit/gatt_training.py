@@ -1,5 +1,6 @@
 """GAtt's training through TRL: SFT and DPO, LoRA by PEFT, resumable, one process or several."""
 
+import html
 import json
 import os
 import shutil
@@ -98,6 +99,17 @@ def make_trainer(
     settings: Settings,
 ) -> Trainer:
     """TRL's trainer for these rows, its tokenised rows checked: none truncated, none dropped."""
+    with _quiet():
+        return _make_trainer(model, tokenizer, rows, out, settings)
+
+
+def _make_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    out: Path,
+    settings: Settings,
+) -> Trainer:
     if not rows:
         raise ValueError("no rows to train on: did every sampled reply fail its verifier?")
     keys = rows[0].keys()
@@ -241,6 +253,17 @@ class _Bar(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
+
+
+def mask_html(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]]) -> str:
+    """A tokenised row to look at: tokens that carry loss on a dark ground and underlined."""
+    cells = []
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        text = html.escape(tokenizer.decode([token])).replace(" ", "&nbsp;")
+        kept = "background:#0072B2;color:white;text-decoration:underline"
+        style = "background:#eeeeee;color:#333333" if label == IGNORED else kept
+        cells.append(f'<span style="{style};padding:1px;margin:1px">{text}</span>')
+    return f'<div style="font-family:monospace;line-height:1.9">{"".join(cells)}</div>'
 
 
 @contextmanager

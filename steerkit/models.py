@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -64,7 +65,9 @@ def _with_adapter(
     try:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         model, tokenizer = load(base["base_model_name_or_path"], device=device, dtype=dtype)
-        merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
+        with warnings.catch_warnings():  # of peft's about names of transformers that will change
+            warnings.simplefilter("ignore", FutureWarning)
+            merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
     except (OSError, KeyError, RuntimeError, TypeError, json.JSONDecodeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(
