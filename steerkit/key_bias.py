@@ -194,7 +194,7 @@ def share(call: Call, inside: Tensor) -> Tensor:
     value = torch.zeros_like(call.value)
     value[..., 0] = inside[:, None]
     plain = Call(call.module, call.query, call.key, value, call.mask, call.scaling, call.options)
-    return plain.attend()[..., 0].transpose(1, 2).float().clamp(0, 1)
+    return plain.attend()[..., 0].transpose(1, 2).float()
 
 
 # Where a forward stands in its prompt

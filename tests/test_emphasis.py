@@ -489,15 +489,33 @@ def hooks_of(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-@pytest.mark.parametrize("fail", ["inside", "in the forward", "in an input check"])
-def test_an_exception_leaves_the_model_as_found(llama: PreTrainedModel, fail: str) -> None:
-    before, hooks, wanted = state_of(llama), hooks_of(llama), llama(tokens(2, 40)).logits
-    with pytest.raises((RuntimeError, IndexError, ValueError)), emphasise(llama, SPANS, HEADS):
+@pytest.mark.parametrize(
+    ("fail", "message"),
+    [("inside", "broken"), ("forward", "index out of range"), ("check", "ends at token 31")],
+)
+@torch.no_grad()
+def test_an_exception_leaves_the_model_as_found(fail: str, message: str) -> None:
+    model, ids = tiny("llama"), tokens(2, 40)
+    before, hooks, wanted = state_of(model), hooks_of(model), model(ids).logits
+    refused = pytest.raises((RuntimeError, IndexError, ValueError), match=message)
+    with refused, emphasise(model, SPANS, HEADS):
         if fail == "inside":
             raise RuntimeError("broken")
-        llama(tokens(2, 40) + 10_000 if fail == "in the forward" else tokens(2, 7))
-    assert (state_of(llama), hooks_of(llama)) == (before, hooks)
-    assert torch.equal(llama(tokens(2, 40)).logits, wanted)
+        model(ids + 10_000 if fail == "forward" else ids[:, :7])
+    assert (state_of(model), hooks_of(model)) == (before, hooks)
+    assert torch.equal(model(ids).logits, wanted)
+
+
+@torch.no_grad()
+def test_a_layer_called_by_itself_is_steered_as_in_the_model(llama: PreTrainedModel) -> None:
+    layer, ids, calls = llama.model.layers[0], tokens(2, 40), []
+    handle = layer.register_forward_hook(lambda *call: calls.append(call[1:]), with_kwargs=True)
+    with emphasise(llama, SPANS, HEADS):
+        llama(ids, use_cache=False)
+        handle.remove()
+        llama.generate(ids, **NEW)
+        args, options, wanted = calls[-1]
+        assert torch.equal(layer(*args, **options), wanted)
 
 
 @pytest.mark.parametrize(("heads", "alpha"), [([Head(0, 0)], 0.01), ([Head(0, 0)], 1), ([], 0.01)])
@@ -510,6 +528,16 @@ def test_nesting_is_refused_whatever_the_heads(
         with refused, emphasise(llama, SPANS, [Head(1, 0)]):
             pass
         assert (state_of(llama), hooks_of(llama)) == inside
+
+
+@torch.no_grad()
+def test_a_sink_cache_is_refused_by_the_decoder_too(llama: PreTrainedModel) -> None:
+    cache = SinkCache(llama.model, sinks=2, window=20)
+    with (
+        pytest.raises(ValueError, match="SinkCache evicts and moves"),
+        emphasise(llama, [[(1, 3)]], HEADS),
+    ):
+        llama.model(tokens(1, 10), past_key_values=cache)
 
 
 @pytest.mark.parametrize("T", [10, 40])
@@ -572,7 +600,8 @@ NAN, PLAIN = float("nan"), forward(2, 40)
         (SPANS, {"1": [4]}, {}, PLAIN, "L1H4: .* query heads"),
         (SPANS, HEADS, {"alpha": 0.0}, PLAIN, "alpha=0.0: expected 0 < alpha <= 1"),
         (SPANS, HEADS, {"alpha": -0.1}, PLAIN, "alpha=-0.1"),
-        (SPANS, HEADS, {"alpha": 1.1}, PLAIN, "alpha=1.1"),
+        (SPANS, HEADS, {"alpha": 1.001}, PLAIN, "alpha=1.001"),
+        (BOOL, HEADS, {"alpha": 0.0}, PLAIN, "alpha=0.0"),
         (SPANS, HEADS, {"alpha": NAN}, PLAIN, "alpha=nan"),
         ([[(3, 9, 0.0)], [(3, 9)]], HEADS, {}, PLAIN, "alpha=0.0"),
         (SPANS, HEADS, {"keep_sinks": -1}, PLAIN, "keep_sinks=-1"),
