@@ -54,6 +54,14 @@ def test_the_kit_has_its_notebooks(name: str) -> None:
     assert name in [path.stem for path in NOTEBOOKS]
 
 
+def test_the_first_notebook_leads_to_all_others() -> None:
+    text = "".join(c.source for c in nbformat.read(NOTEBOOKS[0], as_version=4).cells)
+    path = text[text.index("a reading path") :]
+    others = [name.stem for name in NOTEBOOKS[1:]]
+    assert [name for name in others if f"`{name}`" not in path] == []
+    assert set(re.findall(r"`(\d\d_\w+)`", path)) == set(others)
+
+
 def test_it_runs_to_the_end_in_time(run: Run) -> None:
     assert run.outcome.error is None, run.outcome.error
     assert run.outcome.seconds <= SHARED_MACHINE * SMOKE_SECONDS, f"{run.outcome.seconds} s"
