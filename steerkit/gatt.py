@@ -346,8 +346,9 @@ def history(sample: Sample, turn: int, *, every: bool = False) -> list[Message]:
 def make_rows(
     samples: Sequence[Sample], *, per_dialogue: int = 4, first: int = 1, seed: int = 0
 ) -> list[Row]:
-    """GAtt's training rows: {"prompt": history, "completion": the reply at a random turn}.
+    """GAtt's training rows: {"prompt": history, "completion": the reply at one turn}.
 
+    Each dialogue gives `per_dialogue` rows: its last verified reply, and others drawn at random.
     TRL puts no loss on a prompt: all earlier turns, assistant messages included, are silent. Only
     replies that passed their verifier are taught; `first` is the earliest turn (from 0).
     """
@@ -400,11 +401,12 @@ def make_pairs(
 def _taught(
     samples: Sequence[Sample], per_dialogue: int, first: int, seed: int
 ) -> list[tuple[Sample, int]]:
-    """Verified replies to teach, shuffled: (dialogue, turn)."""
+    """Verified replies to teach, shuffled: (dialogue, turn); the last one of each is among them."""
     rng, chosen = random.Random(seed), []
     for s in samples:
         good = [t for t in range(first, len(s.replies)) if s.good[t]]
-        chosen += [(s, t) for t in rng.sample(good, min(per_dialogue, len(good)))]
+        early = rng.sample(good[:-1], min(per_dialogue - 1, len(good[:-1])))
+        chosen += [(s, t) for t in [*good[-1:], *early]]
     rng.shuffle(chosen)
     return chosen
 

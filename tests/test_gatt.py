@@ -54,6 +54,14 @@ def test_a_row_is_the_history_with_one_instruction_and_the_last_reply():
         assert row["completion"] == [{"role": "assistant", "content": f"R{t}. I love chess."}]
 
 
+def test_the_last_verified_reply_of_a_dialogue_is_always_taught():
+    for seed in range(20):
+        rows = gatt.make_rows([a_sample(6)], per_dialogue=2, seed=seed)
+        assert sorted(len(row["prompt"]) for row in rows)[1] == 11 and len(rows) == 2
+    rows = gatt.make_rows([a_sample(4, good=[True, True, True, False])], per_dialogue=1)
+    assert [len(row["prompt"]) for row in rows] == [5]
+
+
 def test_only_verified_replies_are_taught_and_the_other_arm_has_the_same_dialogues():
     rows = gatt.make_rows([a_sample(good=[True, False, True, False])], per_dialogue=9)
     assert [len(row["prompt"]) for row in rows] == [5]
@@ -63,11 +71,11 @@ def test_only_verified_replies_are_taught_and_the_other_arm_has_the_same_dialogu
 
 
 def test_pairs_reject_what_the_model_said_and_failed(tiny):
-    """Chosen obeys, rejected does not, and nothing else differs."""
+    """Chosen obeys, rejected does not; where the base did not lapse there is no pair."""
     plans = [plan_of(seed, turns=5, family="emoji") for seed in range(3)]
     samples = gatt.sample(*tiny, plans, candidates=1, progress=False)
-    pairs = gatt.make_pairs(*tiny, samples, first=3, per_dialogue=2)
-    assert len(pairs) >= 3
+    pairs = gatt.make_pairs(*tiny, samples, first=0, per_dialogue=5)
+    assert 3 <= len(pairs) <= 12  # at turn 1 it obeys
     by_prompt = {s.plan.message(0, every=False): s.plan for s in samples}
     for row in pairs:
         plan, t = by_prompt[row["prompt"][0]["content"]], len(row["prompt"]) // 2
