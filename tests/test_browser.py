@@ -132,7 +132,7 @@ def page(tmp_path: Path) -> Iterator[Any]:
 def test_notebook_02_runs_and_its_explorer_redraws(page: Any, lab: str) -> None:
     page.goto(lab)
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=120_000)
-    page.locator(".jp-Toolbar-kernelStatus, .jp-NotebookPanel-toolbar").first.wait_for()
+    page.get_by_text("(ipykernel) | Idle").wait_for(timeout=120_000)  # else cells are not run
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
     prompts = page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt")
