@@ -262,6 +262,13 @@ def _with_marks(messages: Messages, span: str, mark: str) -> Messages:
     raise ValueError(f"span {span!r} is not in the prompt {messages[-1].content[:60]!r}")
 
 
+def interval(scores: Tensor) -> tuple[float, float]:
+    """95 % interval of a mean of 0/1 scores (N,): Wilson's, which all-right does not shrink."""
+    n, mean, z = len(scores), scores.float().mean().item(), 1.96
+    centre, width = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + (z / 2 / n) ** 2)
+    return tuple((centre + side * width) / (1 + z * z / n) for side in (-1, 1))
+
+
 # --- a model on examples -----------------------------------------------------------------------
 
 
@@ -281,9 +288,10 @@ def evaluate(
     steer: Steer | None = None,
     max_new_tokens: int = 48,
     batch: int = 64,
+    probabilities: bool = True,
 ) -> Measured:
     """Greedy replies and all scores: "strict", the paper's, "kept", "fluency" (bits),
-    "consistency"."""
+    "consistency". Without `probabilities` those that compare candidates are left out."""
     replies = generate(
         model, tokenizer, examples, steer=steer, max_new_tokens=max_new_tokens, batch=batch
     )
@@ -293,7 +301,7 @@ def evaluate(
     scores["fluency"] = [fluency(r) for r in replies]
     scores["consistency"] = consistency(replies, [e.answer or e.source for e in examples])
     found = {name: torch.tensor(values) for name, values in scores.items()}
-    for name, asked in task.compare.items():
+    for name, asked in task.compare.items() if probabilities else ():
         found[name] = compare(model, tokenizer, examples, asked=asked, steer=steer, batch=batch)
     return Measured(replies, found)
 

@@ -22,6 +22,7 @@ from steerkit.tasks import (
     first_words,
     fluency,
     generate,
+    interval,
     json_paper,
     json_strict,
     json_value_paper,
@@ -171,6 +172,15 @@ def test_consistency_is_one_for_the_reference_and_zero_for_other_words():
     # The word that both references share tells less than the one that is theirs alone.
     common, own = consistency(["likes", "Paul"], references)
     assert common < own
+
+
+def test_wilsons_interval_holds_the_chance_and_is_open_at_the_ends():
+    assert interval(torch.ones(100)) == pytest.approx((100 / (100 + 1.96**2), 1.0))
+    assert interval(torch.zeros(100)) == pytest.approx((0.0, 1 - 100 / (100 + 1.96**2)))
+    # Its ends are the chances p for which the mean is just 1.96 standard errors away.
+    mean, n = 0.3, 50
+    for p in interval(torch.tensor([1.0] * 15 + [0.0] * 35)):
+        assert abs(mean - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / n), abs=1e-6)
 
 
 # --- other ways to ask -------------------------------------------------------------------------
