@@ -12,6 +12,7 @@ from steerkit.attention import (
 )
 from steerkit.chat import Message, play, reply
 from steerkit.emphasis import Head, emphasise
+from steerkit.maps import attention_map, group_share, received, span_attention, span_share
 from steerkit.models import load
 from steerkit.relatives import additive_bias, instaboost, split_softmax, spotlight
 from steerkit.results import bootstrap, figures_dir, paper_result, save_claim
@@ -28,6 +29,7 @@ __all__ = [
     "accuracy_by_distance",
     "additive_bias",
     "attach",
+    "attention_map",
     "attention_weights",
     "bootstrap",
     "emphasise",
@@ -36,6 +38,7 @@ __all__ = [
     "figures_dir",
     "find_span",
     "find_spans",
+    "group_share",
     "instaboost",
     "install",
     "key_mass",
@@ -44,11 +47,14 @@ __all__ = [
     "paper_result",
     "play",
     "read_marks",
+    "received",
     "recomputed_losses",
     "reply",
     "save_claim",
     "sink_metric",
     "softmax_off_by_one",
+    "span_attention",
+    "span_share",
     "split_softmax",
     "spotlight",
     "stream_chat",

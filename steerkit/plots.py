@@ -29,7 +29,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#000000", "#56B4E9", "#D55E00", "#C
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 2)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DIVERGING = LinearSegmentedColormap.from_list(
-    "steerkit", ["#8C3A00", "#D55E00", "#FFFFFF", "#0072B2", "#003A5C"]
+    "steerkit", ["#8C3A00", "#D55E00", "#FFFFFF", "#0072B2", "#003A5C"], N=255
 )
 DPI = 110
 

@@ -9,9 +9,12 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import to_rgb
 
 from steerkit import plots
+from steerkit.results import bootstrap
+from steerkit.turns import Turn
 
 TEXTS = {"caption": "Loss <falls>; a rise would refute it.", "alt": 'A line "falls" from 2 to 1.'}
 
@@ -140,9 +143,112 @@ def test_loss_curve_reads_the_training_log() -> None:
     plt.close(fig)
 
 
+TALK = [Turn(n // 2 + 1, ("user", "assistant")[n % 2], 10 * n, 10 * n + 10) for n in range(6)]
+
+
+def test_dialogue_map_draws_turns_where_their_tokens_stand() -> None:
+    fig, ax = plt.subplots()
+    plots.dialogue_map(ax, np.tril(np.ones((12, 12))), TALK, bar=None)  # 60 tokens, 5 a bin
+    upright = [line.get_xdata()[0] for line in ax.lines if len(set(line.get_xdata())) == 1]
+    assert sorted(upright) == [-0.5, 3.5, 7.5]
+    assert ax.get_xticks().tolist() == ax.get_yticks().tolist() == [1.5, 5.5, 9.5]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["1", "2", "3"]
+    plt.close(fig)
+
+
+def test_text_strip_stands_beside_its_rows() -> None:
+    fig, ax = plt.subplots()
+    rows = [f"row {n} costs $5" for n in range(12)]
+    plots.dialogue_map(ax, np.tril(np.ones((12, 12))), TALK, texts=rows, bar=None)
+    fig.canvas.draw()  # a dollar is no formula
+    assert [(t.xy[1], t.get_text().replace("\\", "")) for t in ax.texts] == list(enumerate(rows))
+    plt.close(fig)
+
+
+def test_binned_text_holds_each_token_once_in_the_bins_of_the_map() -> None:
+    tokens = [f" t{n}" for n in range(10)]
+    rows = plots.binned_text(tokens, 4)
+    wanted = [" ".join(f"t{n}" for n in range(10) if n * 4 // 10 == b) for b in range(4)]
+    assert rows == wanted
+    assert plots.binned_text(["a" * 50], 1, width=10) == ["a" * 9 + "…"]
+
+
+def test_differences_are_centred_and_less_is_marked_for_grey() -> None:
+    fig, ax = plt.subplots()
+    plots.difference_map(ax, [[0.5, 0.0], [-0.2, -0.01]])
+    image = ax.images[0]
+    assert image.get_clim() == (-0.5, 0.5)
+    assert image.to_rgba(0.0)[:3] == (1.0, 1.0, 1.0)
+    assert ax.collections[0].get_offsets().tolist() == [[0.0, 1.0]]  # column 0, row 1
+    plt.close(fig)
+
+
+def test_a_difference_of_nothing_is_white() -> None:
+    fig, ax = plt.subplots()
+    plots.difference_map(ax, np.zeros((2, 2)), TALK)
+    assert ax.images[0].get_clim() == (-1, 1)
+    plt.close(fig)
+
+
+def test_head_grid_frames_the_marked_heads() -> None:
+    fig, ax = plt.subplots()
+    plots.head_grid(ax, np.zeros((2, 3)), bar="x", marked=[(1, 2)])
+    (frame,) = ax.patches
+    assert frame.get_xy() == (1.5, 0.5)
+    plt.close(fig)
+
+
+def test_head_overlap_counts_and_gives_chance() -> None:
+    fig, ax = plt.subplots()
+    plots.head_overlap(ax, {"a": [(0, 0), (0, 1)], "b": [[0, 1], [2, 2], [3, 3]]}, heads=12)
+    texts = {t.get_position(): t.get_text() for t in ax.texts}
+    assert texts == {(0, 0): "2", (1, 1): "3", (1, 0): "1\n(0.5)", (0, 1): "1\n(0.5)"}
+    assert ax.images[0].get_array().tolist() == [[1, 0.5], [0.5, 1]]
+    plt.close(fig)
+
+
+def test_ablation_draws_each_interval_and_the_reference() -> None:
+    fig, ax = plt.subplots()
+    rows = {"plain": (0.9, 0.8, 1.0), "blind": (0.2, 0.1, 0.4)}
+    plots.ablation(ax, rows, xlabel="adherence", reference="plain")
+    lines = [line.get_xydata().tolist() for line in ax.lines]
+    assert lines[:4] == [[[0.8, 0], [1.0, 0]], [[0.9, 0]], [[0.1, 1], [0.4, 1]], [[0.2, 1]]]
+    assert set(ax.lines[4].get_xdata()) == {0.9}
+    assert [t.get_text() for t in ax.get_yticklabels()] == list(rows)
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first at the top
+    plt.close(fig)
+
+
+def test_turn_curves_are_means_with_bootstrap_bands() -> None:
+    values = np.random.default_rng(0).random((20, 3))
+    fig, ax = plt.subplots()
+    drawn = plots.turn_curves(ax, {"base": values}, ylabel="share")
+    mean, low, high = bootstrap(torch.tensor(values))
+    assert ax.lines[0].get_xydata().tolist() == [[n + 1, m] for n, m in enumerate(mean.tolist())]
+    box = ax.collections[0].get_paths()[0].get_extents()
+    assert (box.ymin, box.ymax) == (low.min().item(), high.max().item())
+    assert all(torch.equal(a, b) for a, b in zip(drawn["base"], (mean, low, high), strict=True))
+    plt.close(fig)
+
+
+def test_a_picture_for_a_widget_is_repeatable_described_and_closed() -> None:
+    one, two = (plots.picture(draw(), **TEXTS) for _ in range(2))
+    assert one == two and "data:image/webp;base64," in one
+    assert f'alt="{html.escape(TEXTS["alt"])}"' in one
+    assert plt.get_fignums() == []
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda ax: plots.dialogue_map(ax, np.zeros((2, 3)), TALK), r"\(2, 3\).*\(bins, bins\)"),
+        (lambda ax: plots.difference_map(ax, np.zeros(3)), r"\(3,\).*\(bins, bins\)"),
+        (
+            lambda ax: plots.dialogue_map(ax, np.zeros((3, 3)), TALK, texts=["a"]),
+            "1 texts for 3 bins",
+        ),
+        (lambda ax: plots.head_overlap(ax, {"a": [(0, 0)], "b": []}, heads=4), "'b' has no head"),
+        (lambda ax: plots.ablation(ax, {"a": (0.5, 0.6, 0.7)}, xlabel="x"), "'a': expected low"),
         (lambda ax: plots.heat_map(ax, np.zeros((2, 2, 2))), r"\(2, 2, 2\).*\(Q, K\)"),
         (lambda ax: plots.head_grid(ax, [1.0], bar="x"), r"\(1,\).*\(L, H\)"),
         (
