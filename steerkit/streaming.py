@@ -4,7 +4,7 @@ Axes: B batch, T tokens of the stream, V vocabulary. Losses in nats.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -80,7 +80,9 @@ def _scores(
     with door, progress(T - 1, unit="tokens") as update:
         for start in range(0, T - 1, block):
             piece = ids[:, start : start + block + 1].to(model.device)
-            logits = model(input_ids=piece[:, :-1], past_key_values=cache, use_cache=True).logits
+            inputs = {"input_ids": piece[:, :-1], "past_key_values": cache, "use_cache": True}
+            with _memory(f"block={block}", "take a smaller block or window"):
+                logits = model(**inputs).logits
             out[:, start : start + block] = score(logits, piece[:, 1:])
             update(piece.shape[1] - 1)
     return out
@@ -101,7 +103,8 @@ def recomputed_losses(
     ids (B,T) -> (B,P) at `positions` of `token_losses`' last axis (default: all T-1). Position p
     predicts token p+1 from tokens max(0, p+1-length) .. p. `first` holds token ids to put in front
     of each window that has left the stream's start, for a model whose texts always began with
-    them. `batch` windows share a forward (default: about 8192 tokens).
+    them. `batch` windows share a forward (default: about 8192 tokens), half as many when memory
+    runs out.
     """
     check_ids(model, ids)
     T = ids.shape[1]
@@ -142,16 +145,36 @@ def _window_losses(
     keep = last_only(model)
     losses = torch.empty(B * P)
     offsets = torch.arange(1 - length, 1)
+    start = 0
     with progress(B * P, unit="windows") as update:
-        for start in range(0, B * P, batch):
+        while start < B * P:
             row, last = rows[start : start + batch], lasts[start : start + batch]
             windows = ids[row[:, None], last[:, None] + offsets]
             windows = torch.cat([front.expand(len(row), -1), windows], 1).to(model.device)
-            logits = model(input_ids=windows, use_cache=False, **keep).logits[:, -1:]
+            try:
+                with _memory(f"one window of {length} tokens", "take a smaller length"):
+                    logits = model(input_ids=windows, use_cache=False, **keep).logits[:, -1:]
+            except torch.OutOfMemoryError:
+                if len(row) == 1:
+                    raise
+                batch = len(row) // 2
+                continue
             target = ids[row, last + 1].to(model.device)[:, None]
             losses[start : start + batch] = next_token_loss(logits, target)[:, 0]
             update(len(row))
+            start += len(row)
     return losses.view(B, P)
+
+
+@contextmanager
+def _memory(what: str, remedy: str) -> Iterator[None]:
+    """Out of memory in one line that says what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(
+            f"out of memory with {what}: {remedy}, or load the model in bfloat16"
+        ) from error
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -621,3 +621,52 @@ def test_the_benchmark_runs() -> None:
     assert all(len(row) == 4 for row in rows)
     goals = ["< 1e-4", ">= 20x", "<= 10 %", "<= 10 %", "<= +2 %", "<= +2 %"]
     assert [row[1] for row in rows if row[1]] == goals
+
+
+# Out of memory
+
+
+def starve(monkeypatch: pytest.MonkeyPatch, model, tokens: int) -> list[int]:
+    """Forwards of more than `tokens` tokens run out of memory; returns the sizes tried."""
+    tried, forward = [], model.forward
+
+    def limited(input_ids=None, **kwargs):
+        tried.append(input_ids.numel())
+        if input_ids.numel() > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
+        return forward(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "forward", limited)
+    return tried
+
+
+def test_recomputation_halves_its_batch_and_ends_the_same(tiny, monkeypatch) -> None:
+    ids = torch.arange(60).view(2, 30)
+    plain = recomputed_losses(tiny[0], ids, length=6, batch=1)
+    tried = starve(monkeypatch, tiny[0], 13)
+    assert torch.allclose(recomputed_losses(tiny[0], ids, length=6, batch=16), plain, atol=1e-5)
+    assert tried[1:4] == [96, 48, 24] and max(tried[4:]) == 12  # 16, 8, 4, 2 windows of 6 tokens
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda m, x: recomputed_losses(m, x, length=8),
+            "one window of 8 tokens: take a smaller l",
+        ),
+        (lambda m, x: token_losses(m, x, window=8, block=9), "block=9: take a smaller block"),
+        (lambda m, x: token_losses(m, x), "block=256: take a smaller block or window"),
+    ],
+)
+def test_what_does_not_fit_says_what_to_lower_and_leaves_the_model_usable(
+    tiny, monkeypatch, call, message
+) -> None:
+    ids = torch.arange(24).view(1, -1)
+    plain = token_losses(tiny[0], ids)
+    with monkeypatch.context() as patch:
+        starve(patch, tiny[0], 7)
+        with pytest.raises(torch.OutOfMemoryError, match=message) as caught:
+            call(tiny[0], ids)
+    assert "\n" not in str(caught.value)
+    assert torch.equal(token_losses(tiny[0], ids), plain)
