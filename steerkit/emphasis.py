@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from steerkit.key_bias import Columns, Head, Heads, key_bias
+from steerkit.key_bias import Head, Heads, key_bias
+from steerkit.prompt_bias import Columns
 
 __all__ = ["Head", "Span", "Spans", "emphasise", "span_mask"]
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from steerkit.attention import Call
 from steerkit.emphasis import Spans, span_mask
-from steerkit.key_bias import Columns, Heads, Strength, key_bias, share
+from steerkit.key_bias import Heads, Strength, key_bias, share
+from steerkit.prompt_bias import Columns
 
 
 @contextmanager

@@ -271,6 +271,25 @@ def test_half_precision_carries_log_alpha_through_prefill() -> None:
     assert abs(share[0, -1, 0, 0].item() - 1 / (1 + math.exp(13.75 - 13.78125))) < 0.003
 
 
+@torch.no_grad()
+def test_head_sizes_for_accelerators_compute_the_same(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, widths = tokens(2, 40), []
+    stock = F.scaled_dot_product_attention
+
+    def spy(*tensors: Tensor, **options: object) -> Tensor:
+        widths.append([x.shape[-1] for x in tensors])
+        return stock(*tensors, **options)
+
+    monkeypatch.setattr("steerkit.key_bias._ALIGN", {})  # as on any device but a CPU
+    with emphasise(llama, SPANS, HEADS):
+        monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+        ours = llama(ids).logits
+    assert widths == [[16, 16, 16]] * 2
+    close(ours, without_cache(llama, ids, factor_of(SPANS, 40, 0.01)))
+
+
 # Generation
 
 
