@@ -29,7 +29,7 @@ PROBE_TURNS = (2, 4, 6, 20)  # Table 30
 _FAMILIES = {"world": FAMILIES, "real": REAL_FAMILIES}
 _ASK: dict[str, gatt.Ask] = {"world": gates.question_for, "real": gatt.real_question}
 SETTINGS = Settings()
-DIALOGUES = 84
+DIALOGUES = 144
 CANDIDATES = 2
 PROBES = 0.25  # share of user messages that ask for the instruction, while sampling
 N = {"gatt": 22, "unseen families": 22}  # dialogues per family and split of one seed; others: 6
@@ -46,8 +46,8 @@ def training_plans(
     seed: int, *, dialogues: int = DIALOGUES, turns: int = 20, table: str = "world"
 ) -> list[gatt.Plan]:
     """What is sampled for one seed: one dialogue in twelve has no instruction at all."""
-    # Languages thrice: to hold one that was never trained on is the hardest of what is asked.
-    families = [*_FAMILIES[table], "language", "language"]
+    # Languages twice: to hold one that was never trained on is the hardest of what is asked.
+    families = [*_FAMILIES[table], "language"]
     rng = random.Random(f"plans {seed}")
     options = {"families": families, "table": table}
     given = [gatt.draw(rng, **options) if i % 12 else () for i in range(dialogues)]
@@ -145,23 +145,27 @@ def measure(
             "recalled": pack(rows.recalled),
         }
     if side:
-        found |= _side_effects(model, tokenizer, seed, every)
+        found |= _side_effects(model, tokenizer, seed)
+        if arm in ("base", "gatt"):
+            found |= _foreign_histories(model, tokenizer, seed)
     return found
 
 
-def _side_effects(
-    model: gatt.Model, tokenizer: gatt.Tokenizer, seed: int, every: bool
-) -> dict[str, Any]:
-    found: dict[str, Any] = {
+def _side_effects(model: gatt.Model, tokenizer: gatt.Tokenizer, seed: int) -> dict[str, Any]:
+    return {
         "facts": pack(gates.facts(model, tokenizer)[:, None]),
-        "leak": pack(gatt_eval.leak(model, tokenizer, n=32, seed=seed)),
+        "leak": pack(gatt_eval.leak(model, tokenizer, n=24, seed=seed)),
         "untold": pack(gatt_eval.untold(model, tokenizer, seed=seed)[:, None]),
         "perplexity": gatt_eval.perplexity(model, tokenizer),
     }
+
+
+def _foreign_histories(model: gatt.Model, tokenizer: gatt.Tokenizer, seed: int) -> dict[str, Any]:
+    found = {}
     for name, forced in (("neutral", gatt_eval.neutral), ("competing", gatt_eval.competing)):
         families = [f for f in FAMILIES if name == "neutral" or len(gatt.values(f)) > 1]
         plans = evaluation_plans(seed, 24 // len(families), held_out=False, families=families)
-        rows = gatt_eval.adherence_by_turn(model, tokenizer, plans, every=every, forced=forced)
+        rows = gatt_eval.adherence_by_turn(model, tokenizer, plans, forced=forced)
         found[name] = pack(rows.obeyed)
     return found
 

@@ -43,7 +43,7 @@ class Settings:
     which keeps its probability from sinking with the rejected one's.
     """
 
-    lr: float = 4e-3
+    lr: float = 2.5e-3
     steps: int = 80
     batch: int = 8
     warmup: int = 10
@@ -69,8 +69,11 @@ def train(
 
     `model` is trained in place; LoRA's weights are merged into it, and `out` receives them (or all
     weights). Checkpoints go to `out` too: a run that was killed and is started again ends with the
-    same loss. Works under `accelerate launch`. Raises ValueError for a row longer than `max_length`
-    or than the model's positions, and for an `out` of another model or of other settings.
+    same loss. Raises ValueError for a row longer than `max_length` or than the model's positions,
+    and for an `out` of another model or of other settings.
+
+    Works under `accelerate launch`. Two processes without a GPU are `ACCELERATE_USE_CPU=true
+    accelerate launch --multi_gpu --num_processes 2`: with `--cpu` it starts one.
     """
     check_template(tokenizer)
     _claim(out, model, settings, rows)

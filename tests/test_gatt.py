@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from steerkit import gatt, gatt_eval
-from steerkit.chat import Dialogues, Message, check_template, encode, play, prompt, reply
+from steerkit.chat import CHATML, Dialogues, Message, check_template, encode, play, prompt, reply
 from steerkit.constraints import FAMILIES, Constraint, values
 from steerkit.world import Question
 
@@ -341,6 +341,19 @@ def test_a_template_with_a_system_text_of_its_own_is_refused_and_quoted(tiny):
     with pytest.raises(ValueError, match=r"text of its own .*You are a helpful assistant"):
         check_template(wordy)
     check_template(tiny[1])
+
+
+def test_the_plain_template_adds_no_word_of_its_own(tiny):
+    from copy import deepcopy
+
+    plain = deepcopy(tiny[1])
+    plain.chat_template = CHATML
+    check_template(plain)
+    rows = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
+    text = plain.apply_chat_template(rows, tokenize=False)
+    assert text == "<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\nB.<|im_end|>\n"
+    opened = plain.apply_chat_template(rows[:1], tokenize=False, add_generation_prompt=True)
+    assert opened == "<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize(
