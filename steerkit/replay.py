@@ -29,7 +29,8 @@ from steerkit.key_bias import attend_biased
 from steerkit.progress import progress
 
 _ROWS = {"cpu": 1024, "cuda": 65536}  # token rows that one replayed forward holds
-_TOLERANCE = 1e-3  # nats by which the replay may differ from the model before it is refused
+# Nats by which the replay may differ from the model before it is refused; half precision rounds.
+_TOLERANCE, _HALF_TOLERANCE = 1e-3, 0.1
 
 
 class _Rest(CacheLayerMixin):
@@ -376,7 +377,8 @@ def _fits(model: PreTrainedModel, prompt: Prompt, heads: Sequence[Head], alpha: 
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
         return False
     wanted = forced(model, [prompt], [head], alpha=alpha)
-    return bool((found - wanted).abs() < _TOLERANCE)
+    tolerance = _TOLERANCE if model.dtype.itemsize > 2 else _HALF_TOLERANCE
+    return bool((found - wanted).abs() < tolerance)
 
 
 def _take(path: Path, table: HeadTable) -> None:

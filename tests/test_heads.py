@@ -111,6 +111,13 @@ def test_an_architecture_that_cannot_be_replayed_gets_the_naive_loop(monkeypatch
     torch.testing.assert_close(fast.scores, slow.scores, atol=1e-5, rtol=0)
 
 
+def test_half_precision_is_replayed_too(monkeypatch):
+    monkeypatch.setattr(replay, "_one_by_one", None)
+    model, examples = tiny_models.tiny("llama", sharpen=1.0).bfloat16(), some_prompts(3)
+    fast, slow = score_heads(model, examples), naive_scores(model, examples)
+    torch.testing.assert_close(fast.scores, slow.scores, atol=0.05, rtol=0)
+
+
 def test_alpha_one_is_the_baseline(llama):
     found = score_heads(llama, some_prompts(), alpha=1.0)
     expected = found.baseline[:, None, None].expand_as(found.scores)
