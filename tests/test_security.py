@@ -113,3 +113,11 @@ def test_only_the_command_and_trainings_print() -> None:
             if isinstance(n, ast.Call) and ast.unparse(n.func) == "print" and id(n) not in inside
         ]
         assert printing == []
+
+
+def test_an_adapter_of_pickles_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    config = (ROOT / "data" / "tiny-gatt" / "adapter_config.json").read_bytes()
+    (tmp_path / "adapter_config.json").write_bytes(config)
+    (tmp_path / "adapter_model.bin").write_bytes(b"never read")
+    with pytest.raises(ValueError, match=r"only pickles \(adapter_model.bin\), which can run code"):
+        steerkit.load(tmp_path)
