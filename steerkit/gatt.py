@@ -344,11 +344,11 @@ def history(sample: Sample, turn: int, *, every: bool = False) -> list[Message]:
 
 
 def make_rows(
-    samples: Sequence[Sample], *, per_dialogue: int = 3, first: int = 1, seed: int = 0
+    samples: Sequence[Sample], *, per_dialogue: int = 4, first: int = 1, seed: int = 0
 ) -> list[Row]:
     """GAtt's training rows: {"prompt": history, "completion": the reply at one turn}.
 
-    Each dialogue gives `per_dialogue` rows: its last verified reply, and others drawn at random.
+    Each dialogue gives `per_dialogue` rows, cut at random turns.
     TRL puts no loss on a prompt: all earlier turns, assistant messages included, are silent. Only
     replies that passed their verifier are taught; `first` is the earliest turn (from 0).
     """
@@ -374,7 +374,7 @@ def make_pairs(
     tokenizer: Tokenizer,
     samples: Sequence[Sample],
     *,
-    per_dialogue: int = 3,
+    per_dialogue: int = 4,
     first: int = 1,
     seed: int = 0,
     max_new_tokens: int = 48,
@@ -401,12 +401,11 @@ def make_pairs(
 def _taught(
     samples: Sequence[Sample], per_dialogue: int, first: int, seed: int
 ) -> list[tuple[Sample, int]]:
-    """Verified replies to teach, shuffled: (dialogue, turn); the last one of each is among them."""
+    """Verified replies to teach, shuffled: (dialogue, turn)."""
     rng, chosen = random.Random(seed), []
     for s in samples:
         good = [t for t in range(first, len(s.replies)) if s.good[t]]
-        early = rng.sample(good[:-1], min(per_dialogue - 1, len(good[:-1])))
-        chosen += [(s, t) for t in [*good[-1:], *early]]
+        chosen += [(s, t) for t in rng.sample(good, min(per_dialogue, len(good)))]
     rng.shuffle(chosen)
     return chosen
 

@@ -29,7 +29,7 @@ PROBE_TURNS = (2, 4, 6, 20)  # Table 30
 _FAMILIES = {"world": FAMILIES, "real": REAL_FAMILIES}
 _ASK: dict[str, gatt.Ask] = {"world": gates.question_for, "real": gatt.real_question}
 SETTINGS = Settings()
-DIALOGUES = 144
+DIALOGUES = 84
 CANDIDATES = 2
 PROBES = 0.25  # share of user messages that ask for the instruction, while sampling
 N = {"gatt": 22, "unseen families": 22}  # dialogues per family and split of one seed; others: 6
@@ -38,7 +38,7 @@ N = {"gatt": 22, "unseen families": 22}  # dialogues per family and split of one
 def settings_of(arm: str, seed: int) -> Settings:
     """DPO reads each dialogue eight times (two replies, two models, forth and back): fewer rows."""
     if arm == "dpo":
-        return replace(SETTINGS, lr=2e-3, steps=60, batch=4, seed=seed)
+        return replace(SETTINGS, lr=1e-3, steps=40, batch=4, seed=seed)
     return replace(SETTINGS, seed=seed)
 
 
@@ -46,8 +46,8 @@ def training_plans(
     seed: int, *, dialogues: int = DIALOGUES, turns: int = 20, table: str = "world"
 ) -> list[gatt.Plan]:
     """What is sampled for one seed: one dialogue in twelve has no instruction at all."""
-    # Languages twice: to hold one that was never trained on is the hardest of what is asked.
-    families = [*_FAMILIES[table], "language"]
+    # Languages thrice: to hold one that was never trained on is the hardest of what is asked.
+    families = [*_FAMILIES[table], "language", "language"]
     rng = random.Random(f"plans {seed}")
     options = {"families": families, "table": table}
     given = [gatt.draw(rng, **options) if i % 12 else () for i in range(dialogues)]
@@ -154,7 +154,7 @@ def measure(
 def _side_effects(model: gatt.Model, tokenizer: gatt.Tokenizer, seed: int) -> dict[str, Any]:
     return {
         "facts": pack(gates.facts(model, tokenizer)[:, None]),
-        "leak": pack(gatt_eval.leak(model, tokenizer, n=24, seed=seed)),
+        "leak": pack(gatt_eval.leak(model, tokenizer, n=32, seed=seed)),
         "untold": pack(gatt_eval.untold(model, tokenizer, seed=seed)[:, None]),
         "perplexity": gatt_eval.perplexity(model, tokenizer),
     }

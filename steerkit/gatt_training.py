@@ -43,8 +43,8 @@ class Settings:
     which keeps its probability from sinking with the rejected one's.
     """
 
-    lr: float = 2.5e-3
-    steps: int = 80
+    lr: float = 4e-3
+    steps: int = 60
     batch: int = 8
     warmup: int = 10
     rank: int = 8

@@ -54,14 +54,6 @@ def test_a_row_is_the_history_with_one_instruction_and_the_last_reply():
         assert row["completion"] == [{"role": "assistant", "content": f"R{t}. I love chess."}]
 
 
-def test_the_last_verified_reply_of_a_dialogue_is_always_taught():
-    for seed in range(20):
-        rows = gatt.make_rows([a_sample(6)], per_dialogue=2, seed=seed)
-        assert sorted(len(row["prompt"]) for row in rows)[1] == 11 and len(rows) == 2
-    rows = gatt.make_rows([a_sample(4, good=[True, True, True, False])], per_dialogue=1)
-    assert [len(row["prompt"]) for row in rows] == [5]
-
-
 def test_only_verified_replies_are_taught_and_the_other_arm_has_the_same_dialogues():
     rows = gatt.make_rows([a_sample(good=[True, False, True, False])], per_dialogue=9)
     assert [len(row["prompt"]) for row in rows] == [5]
