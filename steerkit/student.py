@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import nbformat
 from IPython.display import display
-from nbformat import NotebookNode
 
-from steerkit import runner
 from steerkit.results import write_text
+
+if TYPE_CHECKING:  # every notebook imports this file for `exercise`: no nbformat, no papermill
+    from nbformat import NotebookNode
 
 TAG = "exercise"
 RIGHT, OPEN = "right", "not done yet"
@@ -84,7 +84,7 @@ def exercise(number: int, *answers: Any) -> Iterator[None]:
     display(_Line(f"Exercise {number}: {OPEN if unsolved else RIGHT}."))
 
 
-def exercises(notebook: NotebookNode) -> list[Exercise]:
+def exercises(notebook: "NotebookNode") -> list[Exercise]:
     """The exercises of a notebook in order; ValueError says what a cell lacks."""
     found = []
     for index, cell in enumerate(notebook.cells):
@@ -124,8 +124,10 @@ def _exercise(question: str, code: str, index: int) -> Exercise:
     return Exercise(number, minutes, hint[1], index, "".join(given), solution, check, names)
 
 
-def student_copy(notebook: NotebookNode) -> NotebookNode:
+def student_copy(notebook: "NotebookNode") -> "NotebookNode":
     """A copy without solutions; figures stay as targets, those of exercises in their question."""
+    from nbformat.v4 import new_markdown_cell
+
     copy = deepcopy(notebook)
     found = exercises(copy)
     for one in found:
@@ -135,12 +137,12 @@ def student_copy(notebook: NotebookNode) -> NotebookNode:
         _aim(question, code, one.number)
         code.source, code.outputs, code.execution_count = one.stub, [], None
     if found:
-        welcome = nbformat.v4.new_markdown_cell(WELCOME, id="your-copy")
+        welcome = new_markdown_cell(WELCOME, id="your-copy")
         copy.cells.insert(found[0].question, welcome)
     return copy
 
 
-def _aim(question: NotebookNode, code: NotebookNode, number: int) -> None:
+def _aim(question: "NotebookNode", code: "NotebookNode", number: int) -> None:
     """Attach the solution's figures to the question."""
     pages = [o.data["text/html"] for o in code.outputs if "text/html" in o.get("data", {})]
     for count, (alt, png) in enumerate(FIGURE.findall("".join(pages)), start=1):
@@ -152,6 +154,8 @@ def _aim(question: NotebookNode, code: NotebookNode, number: int) -> None:
 def write_copies(notebooks: Sequence[Path], out: Path) -> list[Path]:
     """Write out/student/<name>.ipynb and out/answers/<name>.ipynb; nothing that was edited since
     is replaced."""
+    import nbformat
+
     texts = {}
     for path in notebooks:
         notebook = nbformat.read(path, as_version=4)
@@ -172,6 +176,10 @@ def write_copies(notebooks: Sequence[Path], out: Path) -> list[Path]:
 def grade(path: Path, *, profile: str, timeout: int, progress: bool = True) -> list[Verdict]:
     """Run a student's notebook under `profile` and read what each exercise shows; the notebook
     itself is left alone. `timeout` in seconds per cell."""
+    import nbformat
+
+    from steerkit import runner
+
     notebook = nbformat.read(path, as_version=4)
     cells = [cell for cell in notebook.cells if TAG in cell.metadata.get("tags", [])]
     if not cells:
@@ -191,7 +199,7 @@ def grade(path: Path, *, profile: str, timeout: int, progress: bool = True) -> l
     return [Verdict(n, _state(cell, outcome.error)) for n, cell in enumerate(done, start=1)]
 
 
-def _state(cell: NotebookNode, error: str | None) -> str:
+def _state(cell: "NotebookNode", error: str | None) -> str:
     """From an executed exercise's outputs: the block's own line, or what was raised."""
     for output in cell.outputs:
         if output.output_type == "error":

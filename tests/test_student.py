@@ -1,5 +1,6 @@
 """Student copies have no solutions, and their checks tell right, wrong and not done apart."""
 
+import ast
 import base64
 import re
 from collections.abc import Callable
@@ -246,3 +247,9 @@ def test_each_notebook_of_the_kit_has_three_exercises_and_a_clean_copy(path: Pat
             rf"Exercise {one.number}: \w+", str(full.cells[one.question + 1].outputs)
         )
         assert shown == [f"Exercise {one.number}: right"], "run it again with steerkit run --save"
+
+
+def test_a_notebook_that_imports_exercise_does_not_wait_for_the_runner() -> None:
+    body = ast.parse(Path(student.__file__).read_text(encoding="utf-8")).body
+    imported = [ast.unparse(n) for n in body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    assert imported and not [line for line in imported if re.search("nbformat|runner", line)]
