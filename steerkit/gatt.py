@@ -344,7 +344,7 @@ def history(sample: Sample, turn: int, *, every: bool = False) -> list[Message]:
 
 
 def make_rows(
-    samples: Sequence[Sample], *, per_dialogue: int = 4, first: int = 1, seed: int = 0
+    samples: Sequence[Sample], *, per_dialogue: int = 3, first: int = 1, seed: int = 0
 ) -> list[Row]:
     """GAtt's training rows: {"prompt": history, "completion": the reply at one turn}.
 
@@ -374,7 +374,7 @@ def make_pairs(
     tokenizer: Tokenizer,
     samples: Sequence[Sample],
     *,
-    per_dialogue: int = 4,
+    per_dialogue: int = 3,
     first: int = 1,
     seed: int = 0,
     max_new_tokens: int = 48,

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ from steerkit.constraints import FAMILIES, REAL_FAMILIES, Constraint
 from steerkit.gatt_training import Settings, train
 from steerkit.models import DATA, load
 from steerkit.results import bootstrap, data_file, versions, write_bytes, write_json
+from steerkit.world import Question, repeat_question
 
 ARMS = ("base", "every turn", "all turns", "gatt", "dpo", "unseen families")
 UNSEEN = ("hobby", "json")  # kept out of the arm "unseen families", and measured there
 PROBE_TURNS = (2, 4, 6, 20)  # Table 30
 _FAMILIES = {"world": FAMILIES, "real": REAL_FAMILIES}
-_ASK: dict[str, gatt.Ask] = {"world": gates.question_for, "real": gatt.real_question}
+_EVALUATED: dict[str, gatt.Ask] = {"world": gates.question_for, "real": gatt.real_question}
 SETTINGS = Settings()
-DIALOGUES = 84
+DIALOGUES = 120
 CANDIDATES = 2
 PROBES = 0.25  # share of user messages that ask for the instruction, while sampling
 N = {"gatt": 22, "unseen families": 22}  # dialogues per family and split of one seed; others: 6
@@ -38,22 +40,35 @@ N = {"gatt": 22, "unseen families": 22}  # dialogues per family and split of one
 def settings_of(arm: str, seed: int) -> Settings:
     """DPO reads each dialogue eight times (two replies, two models, forth and back): fewer rows."""
     if arm == "dpo":
-        return replace(SETTINGS, lr=1e-3, steps=40, batch=4, seed=seed)
+        return replace(SETTINGS, lr=1e-3, steps=60, batch=4, seed=seed)
     return replace(SETTINGS, seed=seed)
+
+
+def training_question(rng: random.Random, constraints: Sequence[Constraint]) -> Question:
+    """A quarter asks to repeat a sentence about her or him, whatever the instruction.
+
+    If only those did that say "they", the question alone would teach to say "they".
+    """
+    return repeat_question(rng) if rng.random() < 0.25 else gates.question_for(rng, constraints)
 
 
 def training_plans(
     seed: int, *, dialogues: int = DIALOGUES, turns: int = 20, table: str = "world"
 ) -> list[gatt.Plan]:
-    """What is sampled for one seed: one dialogue in twelve has no instruction at all."""
-    # Languages thrice: to hold one that was never trained on is the hardest of what is asked.
-    families = [*_FAMILIES[table], "language", "language"]
+    """What is sampled for one seed: one dialogue in eight has no instruction at all."""
+    # Languages twice: to hold one that was never trained on is the hardest of what is asked.
+    families = [*_FAMILIES[table], "language"]
     rng = random.Random(f"plans {seed}")
-    options = {"families": families, "table": table}
-    given = [gatt.draw(rng, **options) if i % 12 else () for i in range(dialogues)]
+    values = {f: gatt.split_values(f, table)[0] for f in _FAMILIES[table]}
+    # Each value equally often: the commonest one would become the guess of a late reply.
+    turns_of = {f: cycle(rng.sample(v, len(v))) for f, v in values.items()}
+    given = []
+    for i in range(dialogues):
+        drawn = gatt.draw(rng, families=families, table=table) if i % 8 else ()
+        given.append(tuple(c._replace(value=next(turns_of[c.family])) for c in drawn))
     untold = PROBES if table == "world" else 0.0  # a real model's words for "none" are not known
     shares = [PROBES if c else untold for c in given]
-    ask = _ASK[table]
+    ask = training_question if table == "world" else gatt.real_question
     return [
         gatt.make_plan(rng, c, turns=turns, probes=share, ask=ask)
         for c, share in zip(given, shares, strict=True)
@@ -103,7 +118,7 @@ def evaluation_plans(
     fit = [f for f in families or _FAMILIES[table] if gatt.split_values(f, table)[held_out]]
     options = {"held_out": held_out, "table": table}
     drawn = [gatt.draw(rng, families=[f], **options) for f in fit for _ in range(n)]
-    return [gatt.make_plan(rng, given, turns=turns, ask=_ASK[table]) for given in drawn]
+    return [gatt.make_plan(rng, given, turns=turns, ask=_EVALUATED[table]) for given in drawn]
 
 
 def measure(
@@ -193,16 +208,19 @@ def run_arm(arm: str, seed: int, out: Path, *, progress: bool = True) -> dict[st
     """One arm with one seed, its record written to `out`; read from there if it is complete."""
     path = out / f"{arm.replace(' ', '-')}-{seed}.json"
     base, tokenizer = load("tiny")
+    trained = arm not in ("base", "every turn")
     settings = settings_of(arm, seed)
-    wanted = {"arm": arm, "seed": seed, "base": fingerprint(base), "settings": asdict(settings)}
-    wanted |= {"dialogues": DIALOGUES, "candidates": CANDIDATES, "probes": PROBES}
+    wanted: dict[str, Any] = {"arm": arm, "seed": seed, "base": fingerprint(base)}
+    if trained:
+        wanted |= {"settings": asdict(settings), "dialogues": DIALOGUES}
+        wanted |= {"candidates": CANDIDATES, "probes": PROBES}
     if path.exists():
         record = json.loads(path.read_text(encoding="utf-8"))
         if all(record.get(k) == v for k, v in wanted.items()):
             return record
     start, log = time.perf_counter(), []
     model = base
-    if arm not in ("base", "every turn"):
+    if trained:
         plans, file = training_plans(seed), out / f"samples-{seed}.jsonl"
         options = {"candidates": CANDIDATES, "seed": seed, "progress": progress}
         samples = gatt.sample(base, tokenizer, plans, out=file, **options)
@@ -211,13 +229,13 @@ def run_arm(arm: str, seed: int, out: Path, *, progress: bool = True) -> dict[st
         folder = out / path.stem
         model, log = train(base, tokenizer, rows, out=folder, settings=settings, progress=progress)
         wanted |= {"rows": len(rows), "good": sum(sum(s.good) for s in samples)}
-    trained = time.perf_counter() - start
+    before = time.perf_counter() - start
     side = arm not in ("every turn", "unseen families")
     found = measure(arm, model, tokenizer, seed, n=N.get(arm, 6), side=side)
     if side:
         teacher, _ = load("tiny")
         found["kl"] = kl_by_turn(model, teacher, tokenizer, seed)
-    seconds = {"trained_s": trained, "measured_s": time.perf_counter() - start - trained}
+    seconds = {"trained_s": before, "measured_s": time.perf_counter() - start - before}
     record = wanted | seconds | {"log": log, "versions": versions()} | found
     write_json(path, record)
     return record

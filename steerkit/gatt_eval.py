@@ -17,7 +17,7 @@ from steerkit.constraints import FAMILIES, Constraint, values
 from steerkit.gates import english_stream, fact_question
 from steerkit.gatt import Model, Plan, Sample, Tokenizer, history
 from steerkit.streaming import token_losses
-from steerkit.world import answer
+from steerkit.world import answer, repeat_question
 
 Forced = Callable[[Plan, int], str]
 
@@ -196,9 +196,12 @@ def _reply_logits(model: Model, tokenizer: Tokenizer, s: Sample, every: bool) ->
 def leak(
     model: Model, tokenizer: Tokenizer, *, turns: int = 20, n: int = 64, seed: int = 0
 ) -> Tensor:
-    """Dialogues without any instruction: (n, turns) of 0/1, does a reply obey some constraint?"""
-    rng = random.Random(f"leak {seed}")
-    users = [[fact_question(rng).text for _ in range(turns)] for _ in range(n)]
+    """Dialogues without any instruction: (n, turns) of 0/1, does a reply obey some constraint?
+
+    Half of the messages ask for a fact, half for a sentence about her or him to be repeated.
+    """
+    rng, kinds = random.Random(f"leak {seed}"), (fact_question, repeat_question)
+    users = [[rng.choice(kinds)(rng).text for _ in range(turns)] for _ in range(n)]
     every = [Constraint(f, v) for f in FAMILIES for v in values(f)]
     found = [
         [any(c.obeyed(r) for c in every) for r in row] for row in play(model, tokenizer, users)

@@ -44,10 +44,10 @@ class Settings:
     """
 
     lr: float = 4e-3
-    steps: int = 60
+    steps: int = 100
     batch: int = 8
     warmup: int = 10
-    rank: int = 8
+    rank: int = 12
     max_length: int | None = None
     save_every: int = 20
     seed: int = 0

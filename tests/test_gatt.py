@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from steerkit import gatt, gatt_eval
+from steerkit import gatt, gatt_arms, gatt_eval
 from steerkit.chat import CHATML, Dialogues, Message, check_template, encode, play, prompt, reply
 from steerkit.constraints import FAMILIES, Constraint, values
 from steerkit.world import Question
@@ -95,6 +95,21 @@ def test_half_of_the_instructions_are_short():
         gatt.make_plan(rng, [CHESS], turns=1).instruction == CHESS.short for _ in range(400)
     )
     assert 160 < short[True] < 240
+
+
+def test_what_the_user_asks_does_not_give_the_instruction_away():
+    """Sentences to be repeated stand in dialogues of every family, and in those of none."""
+    plans = gatt_arms.training_plans(0)
+    asked = {c.family for p in plans for c in p.constraints if "Repeat:" in str(p.questions[1:])}
+    assert asked == set(FAMILIES)
+    assert any("Repeat:" in str(p.questions) for p in plans if not p.constraints)
+
+
+def test_no_value_is_trained_much_more_often_than_another():
+    counts = Counter(c for p in gatt_arms.training_plans(0) for c in p.constraints)
+    for family in FAMILIES:
+        found = [counts[Constraint(family, v)] for v in gatt.split_values(family)[0]]
+        assert max(found) - min(found) <= 1
 
 
 def test_probes_are_judged_by_what_is_recalled():
