@@ -1,8 +1,8 @@
 """The arms of notebook 01 on the embedded model: sampled, trained, measured, and stored.
 
 `python -m steerkit.gatt_arms run --out DIR` makes all of them, one JSON file per arm and seed, and
-goes on where it was stopped; `collect` joins the files into data/gatt_results.json, `ship` copies
-one seed's GAtt adapter to data/tiny-gatt.
+goes on where it was stopped; `collect` joins the files that are there into
+data/gatt_results.json, `ship` copies one seed's GAtt adapter to data/tiny-gatt.
 """
 
 import argparse
@@ -324,8 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for arm in args.arms:
             if args.command == "run":
                 run_arm(arm, seed, args.out)
-            else:
-                path = args.out / f"{arm.replace(' ', '-')}-{seed}.json"
+            elif (path := args.out / f"{arm.replace(' ', '-')}-{seed}.json").exists():
                 found.append(json.loads(path.read_text(encoding="utf-8")))
     if found:
         text = ",\n".join(json.dumps(record, ensure_ascii=False) for record in found)
