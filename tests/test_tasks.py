@@ -169,6 +169,7 @@ def test_consistency_is_one_for_the_reference_and_zero_for_other_words():
     same, other = consistency(references, references), consistency(["x", ""], references)
     assert same == pytest.approx([1, 1])
     assert other == [0, 0]
+    assert consistency(["Ida likes soup zebra", ""], references)[0] < 0.9  # strange words count
     # The word that both references share tells less than the one that is theirs alone.
     common, own = consistency(["likes", "Paul"], references)
     assert common < own
@@ -204,6 +205,7 @@ def test_few_shots_are_whole_exchanges_in_front_of_the_question(name):
     assert [m for m in f.messages if m.role == "system"] == [
         m for m in e.messages if m.role == "system"
     ]
+    assert all(m.role != "system" for m in f.messages[1:])
     spoken = [m.role for m in f.messages if m.role != "system"]
     assert spoken == ["user", "assistant"] * (len(spoken) // 2) + ["user"]
     replies = [m.content for m in f.messages if m.role == "assistant"]
