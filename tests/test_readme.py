@@ -49,6 +49,24 @@ def test_streaming_losses_are_the_measured_ones() -> None:
             assert f"{setting} {nats:+.2f}" in row("04_streaming_llm")
 
 
+def test_weights_on_the_instruction_are_the_measured_ones() -> None:
+    for text in ("follow", "forget"):
+        ours = claim("02_attention_heatmaps", f"late_turns_{text}{'t' * (text[-1] == 't')}ing")[
+            "ours"
+        ]
+        numbers = f"{ours['base']:.2f} / {ours['GAtt']:.2f} on replies that {text}"
+        assert numbers in row("02_attention_heatmaps")
+
+
+def test_steered_tasks_are_the_measured_ones() -> None:
+    tasks = {"JSON": "json", "Pronouns": "pronouns", "BiasBios": "biasbios"}
+    for label, name in (tasks | {"CounterFact": "counterfact"}).items():
+        ours = claim("03_pasta_head_search", name)["ours"]
+        steered = ours["task-specific"]
+        numbers = f"{label} {steered - ours['gain']:.0%} / {steered:.0%}"
+        assert numbers in row("03_pasta_head_search")
+
+
 def test_every_claim_that_does_not_hold_is_named() -> None:
     failed = [
         json.loads(path.read_text())["claim"]
