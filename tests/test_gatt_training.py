@@ -180,8 +180,9 @@ def final(out):
     return [(row["step"], row["loss"]) for row in rows if "loss" in row]
 
 
-def test_a_run_that_was_killed_ends_with_the_same_loss(tiny, tmp_path):
-    """SIGKILL after the first checkpoint, start again: every logged loss as without the kill."""
+def test_a_run_that_was_killed_ends_with_the_same_loss(tiny, tmp_path, monkeypatch):
+    """SIGKILL after the first checkpoint, start again: every logged loss as without the kill, and
+    no step that a checkpoint holds is taken twice."""
     steps, out = 60, tmp_path / "killed"
     path = script(tmp_path, out, steps=steps, batch=2, rows=99)
     child = subprocess.Popen([sys.executable, path], stderr=subprocess.PIPE)
@@ -192,11 +193,16 @@ def test_a_run_that_was_killed_ends_with_the_same_loss(tiny, tmp_path):
         time.sleep(0.005)
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    done = max(int(p.name.split("-")[1]) for p in out.glob("checkpoint-*"))
-    assert done < steps, "it had finished before the kill"
+    done = int(gatt_training._last_checkpoint(out).rsplit("-", 1)[1])
+    assert 0 < done < steps, "it had finished before the kill"
+    taken, step = [], gatt_training.SFTTrainer.training_step
+    monkeypatch.setattr(
+        gatt_training.SFTTrainer, "training_step", lambda *a, **k: taken.append(1) or step(*a, **k)
+    )
     settings = replace(SMALL, steps=steps, save_every=4)
     options = {"settings": settings, "progress": False}
     resumed, log = train(small_model(tiny[1]), tiny[1], ROWS, out=out, **options)
+    assert len(taken) == steps - done
     whole, expected = train(small_model(tiny[1]), tiny[1], ROWS, out=tmp_path / "whole", **options)
     assert [r["step"] for r in log] == [r["step"] for r in expected]
     assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in expected], abs=1e-6)
