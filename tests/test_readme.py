@@ -49,6 +49,15 @@ def test_streaming_losses_are_the_measured_ones() -> None:
             assert f"{setting} {nats:+.2f}" in row("04_streaming_llm")
 
 
+def test_gatt_is_the_measured_one() -> None:
+    texts = {"table30_baseline": "base", "table30_gatt": "GAtt", "lasts_seen": "seen values"}
+    for name, text in (texts | {"lasts_held_out": "held-out values"}).items():
+        ours = claim("01_gatt_training", name)["ours"]
+        factor = 100 if name.startswith("lasts") else 1
+        numbers = " / ".join(f"{factor * ours[turn]:.0f}" for turn in ("2", "4", "6", "20"))
+        assert f"{text} {numbers}" in row("01_gatt_training")
+
+
 def test_weights_on_the_instruction_are_the_measured_ones() -> None:
     for text in ("follow", "forget"):
         ours = claim("02_attention_heatmaps", f"late_turns_{text}{'t' * (text[-1] == 't')}ing")[
