@@ -58,7 +58,7 @@ def spotlight(
 
     Queries that put less than `target` of their weight on the spans get log(target / psi) added
     there, others nothing. After renormalising the share is target / (1 + target - psi): raised
-    towards the target, and below it.
+    towards the target, and below it. Our reading, from secondary descriptions of those equations.
     """
     if not 0 < target < 1:
         raise ValueError(f"target={target}: expected a share of the weight, 0 < target < 1")
