@@ -31,6 +31,7 @@ def write_card(directory: Path, *, name: str) -> dict[str, Any]:
     log = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     found = measure_chat(model, tokenizer) if tokenizer.chat_template else {}
     found |= measure_streams(model, tokenizer, length=RECIPES[name].length)
+    found |= {"logged": sorted({row.get("phase", "") for row in log})}
     found |= {"tokens": log[-1]["tokens"], "parameters": model.num_parameters()}
     found |= {"python": platform.python_version(), "versions": versions()}
     write_json(directory / "gates.json", found)
@@ -102,7 +103,7 @@ def card(name: str, found: dict[str, Any]) -> str:
 A Llama of {found["parameters"]:,} parameters, trained by the kit on {found["tokens"]:,} tokens
 of text that the kit generates (`steerkit/world.py`) and of English from the documentation inside
 every Python ({found["python"]} here; another version holds slightly other texts). `log.jsonl` is
-the log of this very run.
+the log of this very run{_unlogged(name, found)}.
 {_phases(name)}
 To make it again: `python -m steerkit.world train --model {name} --out DIR`; to measure it again:
 `python -m steerkit.world card --model DIR --name {name}`.
@@ -115,6 +116,13 @@ Everything is measured on people, pairs of families and English texts that train
 {_forgetting(found) if "facts" in found else ""}
 It knows nothing but its tiny world, and is made for experiments on attention alone.
 """
+
+
+def _unlogged(name: str, found: dict[str, Any]) -> str:
+    """The phases whose rows the log lacks."""
+    phases = RECIPES[name].phases
+    missing = [p for p in phases if len(phases) > 1 and p not in found["logged"]]
+    return f"; the rows of {', '.join(missing)} were not kept" if missing else ""
 
 
 def _phases(name: str) -> str:
