@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from steerkit.attention import Call, Edit, attach
 from steerkit.emphasis import Head, emphasise
-from steerkit.timing import interleaved
+from steerkit.timing import columns, interleaved
 
 ALPHA = 0.01
 Row = tuple[str, str, str, str]  # what, goal, measured, how
@@ -236,15 +236,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = measure(options.quick, options.layers, options.width, options.kv_heads)
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
     print(
         f"Llama, {options.layers} layers x {options.width}, 8 heads, {options.kv_heads} key/value "
         "heads, half of the heads steered in every layer, float32, one CPU thread"
     )
-    for row in [("what", "goal", "measured", "how"), *rows]:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
+    print(columns([("what", "goal", "measured", "how"), *rows]))
 
 
 if __name__ == "__main__":

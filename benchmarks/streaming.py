@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from steerkit.attention import install
 from steerkit.sink_cache import SinkCache
 from steerkit.streaming import next_token_loss, token_losses
-from steerkit.timing import decode_pace, interleaved
+from steerkit.timing import columns, decode_pace, interleaved
 
 SINKS = 4
 BLOCK = 256
@@ -245,15 +245,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = measure(options.quick, options.layers, options.width, options.kv_heads)
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
     print(
         f"Llama, {options.layers} layers x {options.width}, 8 heads, {options.kv_heads} key/value "
         "heads, float32, one CPU thread"
     )
-    for row in [("what", "goal", "measured", "how"), *rows]:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
+    print(columns([("what", "goal", "measured", "how"), *rows]))
 
 
 if __name__ == "__main__":

@@ -255,6 +255,16 @@ def measure_chat(model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
     return found
 
 
+def english_perplexity(
+    model: Model, tokenizer: Tokenizer, *, length: int = 256, tokens: int = 20_000
+) -> float:
+    """Of held-out English in fresh contexts of `length` tokens, each begun by the first token."""
+    first, *rest = english_stream(tokenizer, tokens)
+    chunks = torch.tensor(rest).unfold(0, length - 1, length - 1)
+    fresh = torch.cat([torch.full((len(chunks), 1), first), chunks], 1)
+    return token_losses(model, fresh.to(model.device)).mean().exp().item()
+
+
 def measure_streams(
     model: Model, tokenizer: Tokenizer, *, length: int, tokens: int = 20_000
 ) -> dict[str, Any]:
@@ -264,15 +274,13 @@ def measure_streams(
     The second stream is of dialogues for a chat model, and of the market for another.
     """
     first, *rest = english_stream(tokenizer, tokens)
-    chunks = torch.tensor(rest).unfold(0, length - 1, length - 1)
-    fresh = torch.cat([torch.full((len(chunks), 1), first), chunks], 1)
     train = torch.tensor(tokenizer("\n\n".join(english()), add_special_tokens=False)["input_ids"])
     kind, other = (
         ("dialogue", dialogue_stream) if tokenizer.chat_template else ("market", market_stream)
     )
     streams = {"English": [first, *rest], kind: other(tokenizer, tokens)}
     return {
-        "English perplexity": token_losses(model, fresh).mean().exp().item(),
+        "English perplexity": english_perplexity(model, tokenizer, length=length, tokens=tokens),
         "bigram perplexity": bigram_perplexity(train, torch.tensor(rest), len(tokenizer)),
         "length": length,
     } | {

@@ -171,7 +171,7 @@ def _side_effects(model: gatt.Model, tokenizer: gatt.Tokenizer, seed: int) -> di
         "facts": pack(gates.facts(model, tokenizer)[:, None]),
         "leak": pack(gatt_eval.leak(model, tokenizer, n=32, seed=seed)),
         "untold": pack(gatt_eval.untold(model, tokenizer, seed=seed)[:, None]),
-        "perplexity": gatt_eval.perplexity(model, tokenizer),
+        "perplexity": gates.english_perplexity(model, tokenizer, tokens=8192),
     }
 
 

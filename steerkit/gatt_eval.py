@@ -14,9 +14,8 @@ from tqdm.auto import tqdm
 
 from steerkit.chat import Dialogues, Message, encode, play, prompt, reply
 from steerkit.constraints import FAMILIES, Constraint, values
-from steerkit.gates import english_stream, fact_question
+from steerkit.gates import fact_question
 from steerkit.gatt import Model, Plan, Sample, Tokenizer, history
-from steerkit.streaming import token_losses
 from steerkit.world import answer, repeat_question
 
 Forced = Callable[[Plan, int], str]
@@ -228,13 +227,3 @@ def untold(model: Model, tokenizer: Tokenizer, *, n: int = 8, seed: int = 0) -> 
             expected.append(probe.untold)
     replies = reply(model, tokenizer, rows)
     return torch.tensor([float(a == b) for a, b in zip(replies, expected, strict=True)])
-
-
-def perplexity(
-    model: Model, tokenizer: Tokenizer, *, length: int = 256, tokens: int = 8192
-) -> float:
-    """Of held-out English in fresh contexts of `length`."""
-    first, *rest = english_stream(tokenizer, tokens)
-    chunks = torch.tensor(rest).unfold(0, length - 1, length - 1)
-    fresh = torch.cat([torch.full((len(chunks), 1), first), chunks], 1).to(model.device)
-    return token_losses(model, fresh).mean().exp().item()

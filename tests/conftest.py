@@ -25,6 +25,7 @@ runpy.run_path(str(HERE / "no_network" / "sitecustomize.py"))
 
 import nbformat  # noqa: E402
 import pytest  # noqa: E402
+import tiny_models  # noqa: E402
 import torch  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 
@@ -67,3 +68,9 @@ def make_notebook(root: Path) -> NotebookMaker:
 def tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The embedded chat model and its tokenizer, loaded once; tests leave it as they found it."""
     return load("tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    """A tiny random Llama with grouped queries, one for each test file."""
+    return tiny_models.tiny("llama")

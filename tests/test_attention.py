@@ -1,6 +1,6 @@
 """The one door: equal to stock where nothing is attached, honest about what it cannot serve."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -36,19 +36,6 @@ SERVED = [
     "smollm3",
 ]
 REFUSED = {"gemma2": "SDPA", "gpt_oss": "SDPA", "gptj": "AttentionInterface"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def llama() -> PreTrainedModel:
-    return tiny("llama")
 
 
 def state_of(model: PreTrainedModel) -> tuple[str, list[str]]:

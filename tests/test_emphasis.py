@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,19 +26,6 @@ HEADS = [Head(0, 1), Head(0, 3), Head(1, 0), Head(1, 3)]
 SPANS = [[(3, 9)], [(20, 24), (30, 31)]]
 NEW = {"do_sample": False, "pad_token_id": 0, "output_logits": True}
 NEW |= {"return_dict_in_generate": True, "max_new_tokens": 6}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def llama() -> PreTrainedModel:
-    return tiny("llama")
 
 
 def literal(

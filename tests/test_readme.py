@@ -1,4 +1,4 @@
-"""The README's numbers are those of the committed results, and its links lead somewhere."""
+"""Numbers typed in the README and in notebooks' first tables are those of the committed results."""
 
 import json
 import re
@@ -84,3 +84,43 @@ def test_every_claim_that_does_not_hold_is_named() -> None:
     ]
     words = " ".join(README.split())
     assert [text for text in failed if text not in words] == []
+
+
+def test_the_minutes_of_all_notebooks_are_the_sum() -> None:
+    files = (FIGURES / p.stem / "run.json" for p in (ROOT / "notebooks").glob("*.ipynb"))
+    seconds = sum(json.loads(file.read_text())["seconds"] for file in files)
+    assert f"take {seconds / 60:.0f} minutes in all" in README
+
+
+def first_table(notebook: str) -> str:
+    """The cell with a notebook's claim."""
+    cells = json.loads((ROOT / "notebooks" / f"{notebook}.ipynb").read_text())["cells"]
+    return "".join(cells[0]["source"])
+
+
+def test_the_first_table_of_notebook_01_is_the_measured_one() -> None:
+    base, gatt = (
+        claim("01_gatt_training", f"table30_{arm}")["ours"] for arm in ("baseline", "gatt")
+    )
+    cells = " | ".join(f"{base[turn]:.0f} / {gatt[turn]:.0f}" for turn in ("2", "4", "6", "20"))
+    assert f"three seeds | {cells} |" in first_table("01_gatt_training")
+
+
+def test_the_first_table_of_notebook_02_is_the_measured_one() -> None:
+    for text in ("forgetting", "following"):
+        found = claim("02_attention_heatmaps", f"late_turns_{text}")
+        low, high = found["interval"]
+        table = first_table("02_attention_heatmaps")
+        assert f"{text} text | {found['ours']['base']:.2f} (" in table
+        assert f"| {found['ours']['GAtt']:.2f} ({low:.2f} to {high:.2f}) |" in table
+
+
+def test_the_first_table_of_notebook_03_is_the_measured_one() -> None:
+    tasks = [
+        claim("03_pasta_head_search", t)["ours"]
+        for t in ("json", "pronouns", "biasbios", "counterfact")
+    ]
+    table = first_table("03_pasta_head_search")
+    best = " | ".join(f"{100 * (t['task-specific'] - t['gain']):.0f}" for t in tasks)
+    steered = " | ".join(f"{100 * t['task-specific']:.0f}" for t in tasks)
+    assert f"three seeds) | {best} |" in table and f"embedded model | {steered} |" in table

@@ -38,19 +38,6 @@ REFERENCE = Path(__file__).parent / "data" / "reference"
 ROTARY = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt_neox", "olmo2", "smollm3"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def llama() -> PreTrainedModel:
-    return tiny("llama")
-
-
 @pytest.fixture(scope="module")
 def official() -> tuple[PreTrainedModel, dict[str, Tensor]]:
     arrays = np.load(REFERENCE / "streaming.npz")
