@@ -159,6 +159,8 @@ def english_stream(tokenizer: Tokenizer, tokens: int) -> list[int]:
 
 def text_stream(tokenizer: Tokenizer, text: str, tokens: int | None = None) -> list[int]:
     """The first token, if the tokenizer has one, then `text`: at most `tokens` ids."""
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"tokens={tokens}: expected at least 1")
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return [*first, *tokenizer(text, add_special_tokens=False)["input_ids"]][:tokens]
 
@@ -229,7 +231,7 @@ def market_stream(tokenizer: Tokenizer, tokens: int, *, seed: str = "held-out ma
 
 
 def _endless(tokenizer: Tokenizer, texts: Iterator[str], tokens: int) -> list[int]:
-    ids = text_stream(tokenizer, "")
+    ids = text_stream(tokenizer, "", tokens)
     for text in texts:
         ids += tokenizer(text + "<|eos|>", add_special_tokens=False)["input_ids"]
         if len(ids) >= tokens:

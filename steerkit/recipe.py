@@ -252,6 +252,8 @@ def train(
     With `tokens` all phases grow or shrink alike. Between phases the weights are rounded to bf16,
     as they are stored. The shipped models have seed 0. Wide models are computed in bf16.
     """
+    if name not in RECIPES:
+        raise ValueError(f"name={name!r}: expected one of {', '.join(RECIPES)}")
     recipe = RECIPES[name]
     scale = 1.0 if tokens is None else tokens / recipe.tokens
     steps = {key: round(phase.steps * scale) for key, phase in recipe.phases.items()}

@@ -23,6 +23,7 @@ from steerkit import (
     heads,
     maps,
     plots,
+    recipe,
     recomputed_losses,
     results,
     runner,
@@ -34,6 +35,7 @@ from steerkit import (
     training,
     turns,
     view,
+    world,
 )
 from steerkit.emphasis import emphasise
 from steerkit.sink_cache import SinkCache
@@ -192,6 +194,31 @@ ROWS: list[Row] = [
         lambda k: gates.english_stream(k.tokenizer, 10**9),
         ValueError,
         "tokens=1000000000: the held-out English has .*; ask for fewer",
+    ),
+    (
+        "no token of a stream",
+        lambda k: gates.market_stream(k.tokenizer, 0),
+        ValueError,
+        "tokens=0: expected at least 1",
+    ),
+    # The tiny world
+    (
+        "an attribute that nobody has",
+        lambda k: world.say("Ida", "shoe", "red"),
+        ValueError,
+        "attribute='shoe': expected one of",
+    ),
+    (
+        "a language of no one",
+        lambda k: world.say("Ida", world.ATTRIBUTES[0], "red", "Elvish"),
+        ValueError,
+        "language='Elvish': expected one of English",
+    ),
+    (
+        "a recipe that is not there",
+        lambda k: recipe.train("huge", k.folder),
+        ValueError,
+        "name='huge': expected one of tiny, tiny-stream",
     ),
     # Models
     ("a typo", lambda k: steerkit.load("tiny-sream"), ValueError, "no such embedded model"),
