@@ -8,24 +8,21 @@ with their number and the largest tensor does not). "Eager" is `output_attention
 every weight of every layer; "plain" is the forward alone, without a map.
 """
 
-import argparse
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import table
 import torch
+from table import Row
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from steerkit.maps import attention_map, span_share
 from steerkit.timing import interleaved
 
-LAYERS, HEADS = 24, 14
+HEADS = 14
 EAGER_LIMIT = 2048  # tokens: beyond, eager weights of two layers take gigabytes
 
 
@@ -55,7 +52,6 @@ def half_billion(layers: int) -> PreTrainedModel:
     return Qwen2ForCausalLM(config).eval()
 
 
-@torch.no_grad()
 def eager(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The same map from the library's own weights, all layers at once."""
     model.set_attn_implementation("eager")
@@ -67,29 +63,19 @@ def eager(model: PreTrainedModel, ids: Tensor) -> Tensor:
     )
 
 
-@torch.no_grad()
-def plain(model: PreTrainedModel, ids: Tensor) -> None:
-    model.base_model(ids, use_cache=False)
-
-
 def largest(model: PreTrainedModel, step: Callable[[], object]) -> int:
     with Largest(model) as seen:
         step()
     return seen.numbers
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one layer, shorter texts, one round")
-    quick = parser.parse_args().quick
-    torch.set_num_threads(1)
+@torch.no_grad()
+def measure(quick: bool) -> Iterator[Row]:
     model = half_billion(1 if quick else 2)
-    row = "{:>6}  {:<18}{:>10}{:>16}{:>22}"
-    print(row.format("tokens", "what", "seconds", "times plain", "largest (numbers)"))
     for T in (256, 512) if quick else (512, 2048, 4096):
         ids = torch.randint(0, 256, (1, T), generator=torch.Generator().manual_seed(0))
         steps: dict[str, Callable[[], object]] = {
-            "plain": partial(plain, model, ids),
+            "plain": partial(model.base_model, ids, use_cache=False),
             "map, max": partial(attention_map, model, ids),
             "map, mean": partial(attention_map, model, ids, reduce="mean"),
             "span share": partial(span_share, model, ids, [(T // 4, T // 2)]),
@@ -97,13 +83,17 @@ def main() -> None:
         if T <= EAGER_LIMIT:
             steps["eager, max"] = partial(eager, model, ids)
             gap = (attention_map(model, ids) - eager(model, ids)).abs().max().item()
-            print(f"{T:>6}  map against eager: {gap:.1e} at most")
+            yield Row(f"map against eager, {T} tokens", gap, "{:.0e}", "< 1e-5", "largest weight")
         seconds = interleaved(steps, repeats=1 if quick else 3, warmup=1)
-        for name, step in steps.items():
-            ratio = f"{seconds[name] / seconds['plain']:.2f}"
-            print(row.format(T, name, f"{seconds[name]:.2f}", ratio, f"{largest(model, step):,}"))
-        print(f"{T:>6}  all weights of {LAYERS} layers would be {LAYERS * HEADS * T * T:,} numbers")
+        for name in list(steps)[1:]:
+            how = f"{seconds['plain']:.2f} -> {seconds[name]:.2f} s"
+            yield Row(f"{name} / plain, {T} tokens", seconds[name] / seconds["plain"], how=how)
+        numbers = {name: largest(model, step) for name, step in steps.items()}
+        for name in list(steps)[1:]:
+            how = f"{numbers['plain']:,} -> {numbers[name]:,} numbers"
+            ratio = numbers[name] / numbers["plain"]
+            yield Row(f"largest tensor: {name} / plain, {T} tokens", ratio, how=how)
 
 
 if __name__ == "__main__":
-    main()
+    table.run(measure, __doc__)
