@@ -37,14 +37,20 @@ def output_of(path: Path) -> list[str]:
 def test_run_executes_records_and_ends_with_the_table(
     root: Path, make_notebook: NotebookMaker, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_notebook("01_good", ["import os\nprint(os.path.basename(os.getcwd()))", claim("01_good")])
+    half = "from steerkit.memory import peak\nprint(peak()['peak_gib'])\nhalf = bytearray(2**29)"
+    cells = ["import os\nprint(os.path.basename(os.getcwd()))", half, claim("01_good")]
+    make_notebook("01_good", cells)
     assert cli.main(["run", "--profile", "smoke"], root=root) == 0
     printed = capsys.readouterr().out
     assert "one and one" in printed and "holds?" in printed and "yes" in printed
-    assert "notebooks\n" in output_of(root / "runs" / "smoke" / "01_good.ipynb")
+    *_, where, before, _ = output_of(root / "runs" / "smoke" / "01_good.ipynb")
+    assert where == "notebooks\n"
     record = json.loads((root / "figures" / "smoke" / "01_good" / "run.json").read_text())
     assert record["seconds"] > 0 and record["parameters"] == {"PROFILE": "smoke"}
     assert record["machine"].keys() == {"cores", "cpu", "memory_gib", "gpu"}
+    assert record["memory"]["peak_gib"] == pytest.approx(float(before) + 0.5, abs=0.05)
+    assert record["memory"].keys() == {"peak_gib", "gpu_peak_gib"}
+    assert list(root.rglob("*.tmp")) == []
 
 
 def test_a_failure_is_named_kept_and_does_not_stop_the_others(
