@@ -1,15 +1,17 @@
-# make run | test | lab | bench | clean: each does all the set-up that it needs, from a bare Python.
-# Variables: PROFILE=smoke|cpu|gpu, ARGS="--only 04" (more for `steerkit run`), PYTHON=path, VENV=dir
+# make run | test | lab | student | bench | readme | clean: each does all the set-up that it needs,
+# from a bare Python. Variables: PROFILE=smoke|cpu|gpu, ARGS="--only 04" (more for the command
+# behind run, student, bench, test), OUT=dir (student), PYTHON=path, VENV=dir
 
 VENV = .venv
 PROFILE = cpu
 ARGS =
+OUT = runs/workshop
 PYTHON =
 BIN = $(VENV)/bin
 STAMP = $(VENV)/steerkit-installed
 EXTRAS = notebooks,gatt,test
 
-.PHONY: run test lab bench venv clean
+.PHONY: run test lab student bench readme venv clean
 
 run: $(STAMP)
 	$(BIN)/python -m steerkit run --profile $(PROFILE) $(ARGS)
@@ -20,10 +22,14 @@ test: $(STAMP)
 lab: $(STAMP)
 	$(BIN)/python -m jupyter lab notebooks
 
+student: $(STAMP)
+	$(BIN)/python -m steerkit student --out $(OUT) $(ARGS)
+
+readme: $(STAMP)
+	$(BIN)/python docs/readme.py
+
 bench: $(STAMP)
-	@for script in benchmarks/*.py; do \
-	    echo "$$script"; $(BIN)/python "$$script" $(ARGS) || exit 1; \
-	done
+	$(BIN)/python benchmarks/collect.py $(ARGS)
 
 venv: $(STAMP)
 

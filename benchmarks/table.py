@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from steerkit.results import write_json
 
+HERE = Path(__file__).resolve().parent
+
 
 class Row(NamedTuple):
     """One measured ratio: `what` is its name in the table, `form` prints `value`."""
