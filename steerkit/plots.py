@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from IPython.display import HTML, display
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
@@ -90,14 +91,31 @@ def heat_map(
     q, k = w.shape
     unseen = np.triu(np.ones((q, k), dtype=bool), 1 + k - q) & (w == 0)
     image = ax.imshow(np.ma.array(w, mask=unseen), vmin=0, vmax=vmax, interpolation="nearest")
-    ax.set(xlabel="key position", ylabel="query position")
-    ax.grid(False)
     if labels is not None:
         ax.set_xticks(range(k), labels[:k], rotation=60, ha="right")
         ax.set_yticks(range(q), labels[k - q : k])
-    if bar is not None:
-        ax.figure.colorbar(image, ax=ax, label=bar, shrink=0.85)
-    return ax
+    return _finished(ax, image, bar)
+
+
+def difference_map(
+    ax: Axes,
+    difference: Any,
+    *,
+    vmax: float | None = None,
+    bar: str | None = "difference of attention weights",
+) -> Axes:
+    """After minus before, (Q, K): blue for more, orange with dots for less, white for 0.
+
+    Colours run from -vmax to vmax, by default the largest change.
+    """
+    d = np.asarray(difference, dtype=float)
+    if d.ndim != 2:
+        raise ValueError(f"difference of shape {d.shape}: expected (Q, K), one head at a time")
+    vmax = vmax or float(np.abs(d).max()) or 1.0
+    image = ax.imshow(d, vmin=-vmax, vmax=vmax, cmap=DIVERGING, interpolation="nearest")
+    row, column = np.nonzero(d < -vmax / 10)
+    ax.scatter(column, row, s=0.15 * (150 / len(d)) ** 2, color="black", linewidths=0)
+    return _finished(ax, image, bar)
 
 
 def dialogue_map(
@@ -105,17 +123,23 @@ def dialogue_map(
     weights: Any,
     turns: Sequence[Turn],
     *,
+    draw: Callable[..., Axes] = heat_map,
     texts: Sequence[str] | None = None,
     vmax: float | None = None,
     bar: str | None = "attention weight",
 ) -> Axes:
     """A binned map (bins, bins) of a dialogue: lines where its turns begin, numbers beside them.
 
-    `texts` (bins,), as `binned_text` makes them, are written down the left side; give the figure
-    about 0.11 inches of height for each.
+    `draw` is `heat_map`, or `difference_map` for two dialogues' difference. `texts` (bins,), as
+    `binned_text` makes them, are written down the left side; give the figure about 0.11 inches of
+    height for each.
     """
-    w = _square(weights)
-    heat_map(ax, w, vmax=vmax, bar=bar)
+    w = np.asarray(weights, dtype=float)
+    if w.ndim != 2 or w.shape[0] != w.shape[1]:
+        raise ValueError(
+            f"map of shape {w.shape}: expected (bins, bins), as attention_map makes it"
+        )
+    draw(ax, w, vmax=vmax, bar=bar)
     _draw_turns(ax, turns, len(w))
     ax.set(xlabel="turn of the key", ylabel="turn of the query")
     if texts is not None:
@@ -123,28 +147,10 @@ def dialogue_map(
     return ax
 
 
-def difference_map(
-    ax: Axes,
-    difference: Any,
-    turns: Sequence[Turn] | None = None,
-    *,
-    limit: float | None = None,
-    bar: str | None = "difference of attention weights",
-) -> Axes:
-    """After minus before, (Q, K): blue for more, orange with dots for less, white for 0.
-
-    Colours run from -limit to limit, by default the largest change.
-    """
-    d = _square(difference)
-    limit = limit or float(np.abs(d).max()) or 1.0
-    image = ax.imshow(d, vmin=-limit, vmax=limit, cmap=DIVERGING, interpolation="nearest")
-    row, column = np.nonzero(d < -limit / 10)
-    ax.scatter(column, row, s=0.15 * (150 / len(d)) ** 2, color="black", linewidths=0)
+def _finished(ax: Axes, image: AxesImage, bar: str | None) -> Axes:
+    """What all maps share."""
     ax.set(xlabel="key position", ylabel="query position")
     ax.grid(False)
-    if turns is not None:
-        _draw_turns(ax, turns, len(d))
-        ax.set(xlabel="turn of the key", ylabel="turn of the query")
     if bar is not None:
         ax.figure.colorbar(image, ax=ax, label=bar, shrink=0.85)
     return ax
@@ -156,15 +162,6 @@ def binned_text(tokens: Sequence[str], bins: int, *, width: int = 30) -> list[st
     edges = [-(-b * T // bins) for b in range(bins + 1)]
     rows = [" ".join("".join(tokens[a:b]).split()) for a, b in pairwise(edges)]
     return [row if len(row) <= width else row[: width - 1] + "…" for row in rows]
-
-
-def _square(weights: Any) -> np.ndarray:
-    w = np.asarray(weights, dtype=float)
-    if w.ndim != 2 or w.shape[0] != w.shape[1]:
-        raise ValueError(
-            f"map of shape {w.shape}: expected (bins, bins), as attention_map makes it"
-        )
-    return w
 
 
 def _draw_turns(ax: Axes, turns: Sequence[Turn], bins: int) -> None:

@@ -185,7 +185,7 @@ def test_differences_are_centred_and_less_is_marked_for_grey() -> None:
 
 def test_a_difference_of_nothing_is_white() -> None:
     fig, ax = plt.subplots()
-    plots.difference_map(ax, np.zeros((2, 2)), TALK)
+    plots.dialogue_map(ax, np.zeros((2, 2)), TALK, draw=plots.difference_map)
     assert ax.images[0].get_clim() == (-1, 1)
     plt.close(fig)
 
@@ -242,7 +242,7 @@ def test_a_picture_for_a_widget_is_repeatable_described_and_closed() -> None:
     ("call", "message"),
     [
         (lambda ax: plots.dialogue_map(ax, np.zeros((2, 3)), TALK), r"\(2, 3\).*\(bins, bins\)"),
-        (lambda ax: plots.difference_map(ax, np.zeros(3)), r"\(3,\).*\(bins, bins\)"),
+        (lambda ax: plots.difference_map(ax, np.zeros(3)), r"\(3,\).*\(Q, K\)"),
         (
             lambda ax: plots.dialogue_map(ax, np.zeros((3, 3)), TALK, texts=["a"]),
             "1 texts for 3 bins",
