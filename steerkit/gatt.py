@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steerkit.chat import Dialogues, Message, check_template, reply
@@ -29,6 +28,7 @@ from steerkit.constraints import (
     values,
 )
 from steerkit.gates import question_for
+from steerkit.progress import progress
 from steerkit.results import write_text
 from steerkit.world import Question, instruct
 
@@ -201,7 +201,6 @@ def sample(
     batch: int = 32,
     reward: Reward | None = None,
     seed: int = 0,
-    progress: bool = True,
 ) -> list[Sample]:
     """Replies to each plan's user messages, the best of `candidates` per turn ("a process analogous
     to rejection sampling"): first by `Plan.good`, then by `reward(message, reply)`.
@@ -215,28 +214,18 @@ def sample(
     if candidates < 1:
         raise ValueError(f"candidates={candidates}: expected at least 1 reply to choose from")
     check_template(tokenizer)
-    settings = {"candidates": candidates, "every": every, "temperature": temperature, "seed": seed}
-    settings |= {"max_new_tokens": max_new_tokens, "batch": batch, "plans": _digest(plans)}
+    how = _Sampling(candidates, every, temperature, max_new_tokens, batch, seed)
+    settings = how._asdict() | {"plans": _digest(plans)}
     done = read_samples(out, settings) if out is not None else []
-    starts = range(len(done) // batch * batch, len(plans), batch)
-    total, held = (sum(len(p.questions) for p in part) for part in (plans, plans[: len(done)]))
-    bar = tqdm(total=total, initial=held, unit="reply", mininterval=1, disable=not progress)
-    with bar:
-        for start in starts:
-            rows = plans[start : start + batch]
+    if len(done) == len(plans):
+        return done
+    first = len(done) // batch * batch  # a batch that a kill has cut is made again
+    with progress(sum(len(p.questions) for p in plans[first:]), unit="replies") as update:
+        for start in range(first, len(plans), batch):
+            talk = Dialogues(model, tokenizer)
             with torch.random.fork_rng():
                 torch.manual_seed(seed * 1_000_003 + start)
-                chosen = _sample_batch(
-                    model,
-                    tokenizer,
-                    rows,
-                    candidates,
-                    every,
-                    temperature,
-                    max_new_tokens,
-                    reward,
-                    bar,
-                )
+                chosen = _sample_batch(talk, plans[start : start + batch], how, reward, update)
             fresh = chosen[max(0, len(done) - start) :]
             if out is not None:
                 _append(out, fresh)
@@ -244,47 +233,46 @@ def sample(
     return done
 
 
+class _Sampling(NamedTuple):
+    candidates: int
+    every: bool
+    temperature: float
+    max_new_tokens: int
+    batch: int
+    seed: int
+
+
 def _sample_batch(
-    model: Model,
-    tokenizer: Tokenizer,
+    talk: Dialogues,
     plans: Sequence[Plan],
-    candidates: int,
-    every: bool,
-    temperature: float,
-    max_new_tokens: int,
+    how: _Sampling,
     reward: Reward | None,
-    bar: tqdm,
+    update: Callable[[int], None],
 ) -> list[Sample]:
-    talk = Dialogues(model, tokenizer)
+    K = how.candidates
     messages: list[list[Message]] = [[] for _ in plans]
-    replies: list[list[str]] = [[] for _ in plans]
     good: list[list[bool]] = [[] for _ in plans]
     for turn in range(max(len(plan.questions) for plan in plans)):
         live = [i for i, plan in enumerate(plans) if turn < len(plan.questions)]
         for i in live:
-            messages[i].append(Message("user", plans[i].message(turn, every=every)))
-        asked = [messages[i] for i in live for _ in range(candidates)]  # K rows a dialogue
-        if turn == 0:
-            talk.start(len(asked))
-        texts = talk.reply(asked, max_new_tokens=max_new_tokens, temperature=temperature)
-        best = []
+            messages[i].append(Message("user", plans[i].message(turn, every=how.every)))
+        asked = [messages[i] for i in live for _ in range(K)]  # K rows a dialogue
+        texts = talk.reply(asked, max_new_tokens=how.max_new_tokens, temperature=how.temperature)
+        kept = []
         for row, i in enumerate(live):
-            group = texts[row * candidates : (row + 1) * candidates]
-            said = plans[i].questions[turn].text
-            scores = [
-                (plans[i].good(turn, text), reward(said, text) if reward else 0.0) for text in group
-            ]
-            pick = max(range(candidates), key=lambda k: scores[k])  # noqa: B023  # the first of equals
-            best.append(row * candidates + pick)
-            replies[i].append(group[pick])
-            good[i].append(scores[pick][0])
-            messages[i].append(Message("assistant", group[pick]))
-        bar.update(min(len(live), bar.total - bar.n))
-        on = [k for k, i in zip(best, live, strict=True) if turn + 1 < len(plans[i].questions)]
-        if on:
-            talk.select([k for k in on for _ in range(candidates)])
+            group, said = texts[row * K : (row + 1) * K], plans[i].questions[turn].text
+            scores = [(plans[i].good(turn, x), reward(said, x) if reward else 0.0) for x in group]
+            best = scores.index(max(scores))  # the first of equals
+            good[i].append(scores[best][0])
+            messages[i].append(Message("assistant", group[best]))
+            if turn + 1 < len(plans[i].questions):
+                kept += [row * K + best] * K
+        update(len(live))
+        if kept:
+            talk.select(kept)
+    replies = [tuple(m.content for m in rows[1::2]) for rows in messages]
     rows = zip(plans, replies, good, strict=True)
-    return [Sample(plan, tuple(said), tuple(ok)) for plan, said, ok in rows]
+    return [Sample(plan, said, tuple(ok)) for plan, said, ok in rows]
 
 
 def _digest(plans: Sequence[Plan]) -> int:

@@ -132,7 +132,6 @@ def measure(
     turns: int = 20,
     table: str = "world",
     max_new_tokens: int = 48,
-    progress: bool = False,
 ) -> dict[str, Any]:
     """One record of what notebook 01 shows of a model: 0/1 rows as strings, to be resampled there.
 
@@ -151,7 +150,6 @@ def measure(
             every=every,
             probe_turns=[t for t in PROBE_TURNS if t <= turns],
             max_new_tokens=max_new_tokens,
-            progress=progress,
         )
         found["cells"][split] = {
             "family": [p.constraints[0].family for p in plans],
@@ -190,7 +188,7 @@ def kl_by_turn(
 ) -> list[float]:
     """Mean KL (nats per reply token) to the base that reads the instruction in every message."""
     plans = evaluation_plans(seed, n, held_out=False)
-    samples = gatt.sample(teacher, tokenizer, plans, candidates=1, seed=seed, progress=False)
+    samples = gatt.sample(teacher, tokenizer, plans, candidates=1, seed=seed)
     return gatt_eval.teacher_kl(model, teacher, tokenizer, samples).mean(0).tolist()
 
 
@@ -204,7 +202,7 @@ def unpack(rows: Sequence[str]) -> Tensor:
     return torch.tensor([[torch.nan if x == "-" else float(x) for x in row] for row in rows])
 
 
-def run_arm(arm: str, seed: int, out: Path, *, progress: bool = True) -> dict[str, Any]:
+def run_arm(arm: str, seed: int, out: Path) -> dict[str, Any]:
     """One arm with one seed, its record written to `out`; read from there if it is complete."""
     path = out / f"{arm.replace(' ', '-')}-{seed}.json"
     base, tokenizer = load("tiny")
@@ -222,12 +220,11 @@ def run_arm(arm: str, seed: int, out: Path, *, progress: bool = True) -> dict[st
     model = base
     if trained:
         plans, file = training_plans(seed), out / f"samples-{seed}.jsonl"
-        options = {"candidates": CANDIDATES, "seed": seed, "progress": progress}
-        samples = gatt.sample(base, tokenizer, plans, out=file, **options)
+        samples = gatt.sample(base, tokenizer, plans, out=file, candidates=CANDIDATES, seed=seed)
         wanted["sampled_s"] = time.perf_counter() - start
         rows = rows_of(arm, base, tokenizer, samples, seed)
         folder = out / path.stem
-        model, log = train(base, tokenizer, rows, out=folder, settings=settings, progress=progress)
+        model, log = train(base, tokenizer, rows, out=folder, settings=settings)
         wanted |= {"rows": len(rows), "good": sum(sum(s.good) for s in samples)}
     before = time.perf_counter() - start
     side = arm not in ("every turn", "unseen families")

@@ -6,19 +6,21 @@ Axes: N dialogues, T turns.
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from steerkit.chat import Dialogues, Message, encode, play, prompt, reply
 from steerkit.constraints import FAMILIES, Constraint, values
 from steerkit.gates import fact_question
 from steerkit.gatt import Model, Plan, Sample, Tokenizer, history
+from steerkit.progress import progress
 from steerkit.world import answer, repeat_question
 
 Forced = Callable[[Plan, int], str]
+Say = Callable[[Sequence[Sequence[Message]]], list[str]]
 
 
 class Adherence(NamedTuple):
@@ -45,7 +47,6 @@ def adherence_by_turn(
     probe_turns: Sequence[int] = (),
     max_new_tokens: int = 48,
     batch: int = 64,
-    progress: bool = False,
 ) -> Adherence:
     """Greedy replies to each plan's messages, judged turn by turn.
 
@@ -54,54 +55,65 @@ def adherence_by_turn(
     model's was judged. At `probe_turns` (from 1) the dialogue forks: the probe is asked instead of
     the user's message, and the answer is not kept.
     """
-    parts = []
-    with tqdm(total=len(plans), unit="dialogue", mininterval=1, disable=not progress) as bar:
+    recalls, replies = [], []
+    with progress(sum(len(p.questions) for p in plans), unit="replies") as update:
+        say = partial(_play, every=every, forced=forced, probe_turns=probe_turns, update=update)
         for start in range(0, len(plans), batch):
-            rows = plans[start : start + batch]
-            options = (every, forced, probe_turns, max_new_tokens, bar)
-            parts.append(_play(model, tokenizer, rows, *options))
-    replies = [row for part in parts for row in part[1]]
+            talk = Dialogues(model, tokenizer)
+            reply_to = partial(talk.reply, max_new_tokens=max_new_tokens)
+            recalled, said = say(reply_to, plans[start : start + batch])
+            recalls.append(recalled)
+            replies += said
     pairs = list(zip(plans, replies, strict=True))
     obeyed = [[all(c.obeyed(r) for c in p.constraints) for r in row] for p, row in pairs]
     right = [[p.right(t, r) for t, r in enumerate(row)] for p, row in pairs]
-    recalled = torch.cat([part[0] for part in parts])
-    return Adherence(torch.tensor(obeyed).float(), torch.tensor(right).float(), recalled, replies)
+    rows = torch.tensor(obeyed).float(), torch.tensor(right).float()
+    return Adherence(*rows, torch.cat(recalls), replies)
 
 
 def _play(
-    model: Model,
-    tokenizer: Tokenizer,
+    say: Say,
     plans: Sequence[Plan],
+    *,
     every: bool,
     forced: Forced | None,
     probe_turns: Sequence[int],
-    max_new_tokens: int,
-    bar: tqdm,
+    update: Callable[[int], None],
 ) -> tuple[Tensor, list[list[str]]]:
-    talk = Dialogues(model, tokenizer)
+    """One batch of `adherence_by_turn`: answers to the probes (N, P), and the replies."""
     dialogues: list[list[Message]] = [[] for _ in plans]
     replies: list[list[str]] = [[] for _ in plans]
-    asked = [next((c for c in plan.constraints if c.probe), None) for plan in plans]
     recalled = torch.full((len(plans), len(probe_turns)), torch.nan)
     for turn in range(len(plans[0].questions)):
         if turn + 1 in probe_turns:
-            forks = [
-                [*rows, Message("user", _probe(plan, c, turn, every))]
-                for rows, plan, c in zip(dialogues, plans, asked, strict=True)
-            ]
-            column = list(probe_turns).index(turn + 1)
-            answers = talk.reply(forks, max_new_tokens=max_new_tokens)
-            for i, (c, text) in enumerate(zip(asked, answers, strict=True)):
-                if c is not None:
-                    recalled[i, column] = float(c.recalled(text))
+            recalled[:, list(probe_turns).index(turn + 1)] = _recall(
+                say, dialogues, plans, turn, every=every
+            )
         for rows, plan in zip(dialogues, plans, strict=True):
             rows.append(Message("user", plan.message(turn, every=every)))
-        texts = talk.reply(dialogues, max_new_tokens=max_new_tokens)
-        for rows, plan, said, text in zip(dialogues, plans, replies, texts, strict=True):
+        for rows, plan, said, text in zip(dialogues, plans, replies, say(dialogues), strict=True):
             said.append(text)
             rows.append(Message("assistant", forced(plan, turn) if forced else text))
-        bar.update(len(plans) / len(plans[0].questions))
+        update(len(plans))
     return recalled, replies
+
+
+def _recall(
+    say: Say,
+    dialogues: Sequence[Sequence[Message]],
+    plans: Sequence[Plan],
+    turn: int,
+    *,
+    every: bool,
+) -> Tensor:
+    """Is the probe answered by the instruction's value, on a fork of each dialogue? (N,)"""
+    asked = [next((c for c in plan.constraints if c.probe), None) for plan in plans]
+    forks = [
+        [*rows, Message("user", _probe(plan, c, turn, every))]
+        for rows, plan, c in zip(dialogues, plans, asked, strict=True)
+    ]
+    pairs = zip(asked, say(forks), strict=True)
+    return torch.tensor([torch.nan if c is None else float(c.recalled(text)) for c, text in pairs])
 
 
 def _probe(plan: Plan, constraint: Constraint | None, turn: int, every: bool) -> str:

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 import datasets
 import torch
 from peft import LoraConfig, PeftModel
-from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,6 +28,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from steerkit.chat import check_template
 from steerkit.gatt import Row
 from steerkit.models import DATA
+from steerkit.progress import progress
 from steerkit.results import write_json
 
 IGNORED = -100  # the label of a token without loss
@@ -55,6 +55,22 @@ class Settings:
     sft_weight: float = 0.5
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars of `datasets` for a few hundred rows, no warnings of one library about another."""
+    shown, level = not datasets.are_progress_bars_disabled(), logging.get_verbosity()
+    datasets.disable_progress_bars()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            datasets.enable_progress_bars()
+
+
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -62,7 +78,6 @@ def train(
     *,
     out: Path,
     settings: Settings = Settings(),  # noqa: B008
-    progress: bool = True,
 ) -> tuple[PreTrainedModel, list[dict[str, float]]]:
     """Train on GAtt rows (`make_rows`), on all assistant turns (`make_all_turns_rows`), or on DPO
     pairs (`make_pairs`), told apart by their keys; returns the model and the log (loss in nats).
@@ -76,13 +91,12 @@ def train(
     accelerate launch --multi_gpu --num_processes 2`: with `--cpu` it starts one.
     """
     check_template(tokenizer)
-    _claim(out, model, settings, rows)
-    with _quiet():
-        trainer = make_trainer(model, tokenizer, rows, out=out, settings=settings)
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-        if progress:
-            trainer.add_callback(_Bar())
+    _claim(out, model=model, settings=settings, rows=rows)
+    trainer = make_trainer(model, tokenizer, rows, out=out, settings=settings)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    with _quiet(), progress(settings.steps, unit="steps") as update:
+        trainer.add_callback(_Steps(update))
         trainer.train(resume_from_checkpoint=_last_checkpoint(out))
         trainer.save_model(str(out))
         _name_base(out, base_name(model))
@@ -93,6 +107,7 @@ def train(
     return trained.eval(), log
 
 
+@_quiet()
 def make_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -102,17 +117,6 @@ def make_trainer(
     settings: Settings,
 ) -> Trainer:
     """TRL's trainer for these rows, its tokenised rows checked: none truncated, none dropped."""
-    with _quiet():
-        return _make_trainer(model, tokenizer, rows, out, settings)
-
-
-def _make_trainer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    out: Path,
-    settings: Settings,
-) -> Trainer:
     if not rows:
         raise ValueError("no rows to train on: did every sampled reply fail its verifier?")
     keys = rows[0].keys()
@@ -204,7 +208,7 @@ def check_rows(tokenised: Sequence[dict[str, list[int]]], rows: Sequence[Row], l
             raise ValueError(f"row {i} carries no loss: is its last reply empty?")
 
 
-def _claim(out: Path, model: PreTrainedModel, settings: Settings, rows: Sequence[Row]) -> None:
+def _claim(out: Path, *, model: PreTrainedModel, settings: Settings, rows: Sequence[Row]) -> None:
     """Mark `out` as this run's; ValueError when it is another's."""
     shape = {k: list(p.shape) for k, p in model.named_parameters() if "lora_" not in k}
     first = next(p for p in model.parameters()).detach().float()
@@ -242,20 +246,15 @@ def _last_checkpoint(out: Path) -> str | None:
     return None
 
 
-class _Bar(TrainerCallback):
-    """A progress bar that redraws at most once a second."""
+class _Steps(TrainerCallback):
+    """Tells `update` of each step, in the first process only."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        shown = state.is_world_process_zero
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, mininterval=1, disable=not shown
-        )
+    def __init__(self, update: Callable[[int], None]) -> None:
+        self.update = update
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.close()
+        if state.is_world_process_zero:
+            self.update(1)
 
 
 def mask_html(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]]) -> str:
@@ -267,19 +266,3 @@ def mask_html(tokenizer: PreTrainedTokenizerBase, row: dict[str, list[int]]) -> 
         style = "background:#eeeeee;color:#333333" if label == IGNORED else kept
         cells.append(f'<span style="{style};padding:1px;margin:1px">{text}</span>')
     return f'<div style="font-family:monospace;line-height:1.9">{"".join(cells)}</div>'
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars of `datasets` for a few hundred rows, no warnings of one library about another."""
-    shown, level = not datasets.are_progress_bars_disabled(), logging.get_verbosity()
-    datasets.disable_progress_bars()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            datasets.enable_progress_bars()

@@ -65,7 +65,7 @@ def test_only_verified_replies_are_taught_and_the_other_arm_has_the_same_dialogu
 def test_pairs_reject_what_the_model_said_and_failed(tiny):
     """Chosen obeys, rejected does not; where the base did not lapse there is no pair."""
     plans = [plan_of(seed, turns=5, family="emoji") for seed in range(3)]
-    samples = gatt.sample(*tiny, plans, candidates=1, progress=False)
+    samples = gatt.sample(*tiny, plans, candidates=1)
     pairs = gatt.make_pairs(*tiny, samples, first=0, per_dialogue=5)
     assert 3 <= len(pairs) <= 12  # at turn 1 it obeys
     by_prompt = {s.plan.message(0, every=False): s.plan for s in samples}
@@ -155,7 +155,6 @@ def test_the_best_candidate_goes_on_by_verifier_then_by_reward(monkeypatch):
         [plan, plan],
         candidates=3,
         reward=lambda _, text: len(text),
-        progress=False,
     )
     assert [s.replies for s in found] == [(long, plain), (long, long)]
     assert [s.good for s in found] == [(True, False), (True, True)]
@@ -165,7 +164,7 @@ def test_the_best_candidate_goes_on_by_verifier_then_by_reward(monkeypatch):
 def test_a_torn_samples_file_goes_on_and_ends_the_same(tiny, tmp_path):
     """Cut in the middle of a line, as a kill does: at most that line is made again."""
     plans = [plan_of(seed, turns=2) for seed in range(5)]
-    options = {"candidates": 2, "batch": 2, "progress": False}
+    options = {"candidates": 2, "batch": 2}
     whole = gatt.sample(*tiny, plans, out=tmp_path / "a.jsonl", **options)
     text = (tmp_path / "a.jsonl").read_bytes()
     assert len(whole) == 5 and gatt.read_samples(tmp_path / "a.jsonl") == whole
@@ -177,19 +176,19 @@ def test_a_torn_samples_file_goes_on_and_ends_the_same(tiny, tmp_path):
 
 def test_complete_lines_are_not_sampled_again(tiny, tmp_path, monkeypatch):
     plans = [plan_of(seed, turns=2) for seed in range(4)]
-    options = {"candidates": 1, "batch": 2, "progress": False, "out": tmp_path / "a.jsonl"}
+    options = {"candidates": 1, "batch": 2, "out": tmp_path / "a.jsonl"}
     gatt.sample(*tiny, plans, **options)
     lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "a.jsonl").write_text("".join(lines[:3]))
     batches = []
     inner = gatt._sample_batch
-    monkeypatch.setattr(gatt, "_sample_batch", lambda *a: batches.append(a[2]) or inner(*a))
+    monkeypatch.setattr(gatt, "_sample_batch", lambda *a: batches.append(a[1]) or inner(*a))
     gatt.sample(*tiny, plans, **options)
     assert batches == [plans[2:]]
 
 
 def test_a_samples_file_of_other_parameters_is_refused(tiny, tmp_path):
-    options = {"out": tmp_path / "a.jsonl", "progress": False}
+    options = {"out": tmp_path / "a.jsonl"}
     gatt.sample(*tiny, [plan_of(turns=1)], candidates=1, **options)
     with pytest.raises(ValueError, match="sampled with"):
         gatt.sample(*tiny, [plan_of(turns=1)], candidates=2, **options)
@@ -245,10 +244,10 @@ def test_sampling_draws_from_torchs_generator_and_restores_it(tiny):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     plans = [plan_of(turns=1)]
-    a = gatt.sample(*tiny, plans, candidates=2, temperature=3.0, seed=1, progress=False)
+    a = gatt.sample(*tiny, plans, candidates=2, temperature=3.0, seed=1)
     assert torch.equal(before, torch.get_rng_state())
-    assert a == gatt.sample(*tiny, plans, candidates=2, temperature=3.0, seed=1, progress=False)
-    assert a != gatt.sample(*tiny, plans, candidates=2, temperature=3.0, seed=2, progress=False)
+    assert a == gatt.sample(*tiny, plans, candidates=2, temperature=3.0, seed=1)
+    assert a != gatt.sample(*tiny, plans, candidates=2, temperature=3.0, seed=2)
 
 
 # Measurements
@@ -306,7 +305,7 @@ def test_a_forced_history_is_what_the_model_reads(tiny):
 def test_the_divergence_from_the_teacher_is_the_sum_over_the_vocabulary(tiny):
     """Zero at turn 1, where both read the same; later equal to a loop over single prompts."""
     model, tokenizer = tiny
-    s = gatt.sample(*tiny, [plan_of(turns=2)], candidates=1, progress=False)[0]
+    s = gatt.sample(*tiny, [plan_of(turns=2)], candidates=1)[0]
     found = gatt_eval.teacher_kl(model, model, tokenizer, [s])
     assert found.shape == (1, 2) and found[0, 0] == pytest.approx(0, abs=1e-5)
     ids = tokenizer(s.replies[1], add_special_tokens=False)["input_ids"]

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import steerkit
@@ -19,6 +21,7 @@ from steerkit import gatt, gatt_arms, gatt_eval, gatt_training, world
 from steerkit.chat import encode, prompt
 from steerkit.constraints import FAMILIES
 from steerkit.gatt_training import IGNORED, Settings, check_rows, make_trainer, train
+from steerkit.maps import attention_map
 
 SMALL = Settings(steps=4, batch=2, warmup=1, rank=4, save_every=2, lr=1e-2)
 
@@ -103,9 +106,7 @@ def test_lora_changes_the_model_and_the_saved_adapter_gives_the_same(tiny, tmp_p
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     model, _ = steerkit.load(tmp_path / "base", device="cpu")
-    trained, log = train(
-        model, tokenizer, ROWS, out=tmp_path / "run", settings=SMALL, progress=False
-    )
+    trained, log = train(model, tokenizer, ROWS, out=tmp_path / "run", settings=SMALL)
     assert len(log) == 4 and not any("lora" in name for name, _ in trained.named_parameters())
     ids = torch.tensor([encode(tokenizer, [gatt.Message("user", "Hobby: chess.")])])
     again, _ = steerkit.load(tmp_path / "run", device="cpu")
@@ -117,7 +118,7 @@ def test_rank_zero_trains_all_weights(tiny, tmp_path):
     model = small_model(tiny[1])
     before = {k: v.clone() for k, v in model.state_dict().items()}
     settings = replace(SMALL, rank=0, steps=2)
-    trained, _ = train(model, tiny[1], ROWS, out=tmp_path, settings=settings, progress=False)
+    trained, _ = train(model, tiny[1], ROWS, out=tmp_path, settings=settings)
     assert all(not torch.equal(before[k], v) for k, v in trained.state_dict().items())
     assert (tmp_path / "model.safetensors").exists()
 
@@ -147,7 +148,7 @@ def test_dpo_raises_the_chosen_replys_chances_over_the_rejected_ones(tiny, tmp_p
         return total / len(rows)
 
     before = margin(model)
-    trained, _ = train(model, tiny[1], rows, out=tmp_path, settings=settings, progress=False)
+    trained, _ = train(model, tiny[1], rows, out=tmp_path, settings=settings)
     assert margin(trained) > before + 0.1
 
 
@@ -163,7 +164,7 @@ from steerkit.models import load
 tokenizer = load("tiny", device="cpu")[1]
 model = t.small_model(tokenizer)
 s = t.replace(t.SMALL, steps={steps}, save_every=4, batch={batch})
-t.train(model, tokenizer, t.ROWS[:{rows}], out=t.Path({out!r}), settings=s, progress=False)
+t.train(model, tokenizer, t.ROWS[:{rows}], out=t.Path({out!r}), settings=s)
 """
 
 
@@ -200,7 +201,7 @@ def test_a_run_that_was_killed_ends_with_the_same_loss(tiny, tmp_path, monkeypat
         gatt_training.SFTTrainer, "training_step", lambda *a, **k: taken.append(1) or step(*a, **k)
     )
     settings = replace(SMALL, steps=steps, save_every=4)
-    options = {"settings": settings, "progress": False}
+    options = {"settings": settings}
     resumed, log = train(small_model(tiny[1]), tiny[1], ROWS, out=out, **options)
     assert len(taken) == steps - done
     whole, expected = train(small_model(tiny[1]), tiny[1], ROWS, out=tmp_path / "whole", **options)
@@ -231,7 +232,7 @@ def test_two_processes_of_two_rows_are_one_process_of_four(tiny, tmp_path):
     done = subprocess.run([*command, path], capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     settings = replace(SMALL, batch=4, save_every=4)
-    options = {"out": tmp_path / "one", "settings": settings, "progress": False}
+    options = {"out": tmp_path / "one", "settings": settings}
     train(small_model(tiny[1]), tiny[1], ROWS[:4], **options)
     assert final(out) == [
         (step, pytest.approx(loss, abs=2e-3)) for step, loss in final(tmp_path / "one")
@@ -247,7 +248,7 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path):
 
 
 def test_a_training_directory_of_another_model_or_run_is_refused(tiny, tmp_path):
-    options = {"settings": replace(SMALL, steps=1), "progress": False}
+    options = {"settings": replace(SMALL, steps=1)}
     train(small_model(tiny[1]), tiny[1], ROWS, out=tmp_path, **options)
     with pytest.raises(ValueError, match=r"another run \(weights differ"):
         train(small_model(tiny[1], seed=1), tiny[1], ROWS, out=tmp_path, **options)
@@ -299,3 +300,19 @@ def test_stored_rows_are_read_as_they_were_written():
     rows = torch.tensor([[1, 0, torch.nan], [0, 0, 1]])
     assert gatt_arms.pack(rows) == ["10-", "001"]
     assert torch.equal(gatt_arms.unpack(["10-", "001"]).nan_to_num(9), rows.nan_to_num(9))
+
+
+def test_an_adapter_that_is_not_merged_is_mapped_and_steered_like_the_merged_model(tiny):
+    """Through PEFT's wrapper: the same heat map, and the same logits under emphasis, to 1e-5."""
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(0)
+    wrapped = get_peft_model(small_model(tiny[1]), config).eval()
+    merged = deepcopy(wrapped).merge_and_unload()
+    ids = torch.tensor([encode(tiny[1], [gatt.Message("user", "Hobby: chess. Who are you?")])])
+    maps_, logits = [], []
+    for model in (wrapped, merged):
+        with torch.no_grad(), steerkit.emphasise(model, [[(2, 5)]], [(0, 1), (1, 3)]):
+            maps_.append(attention_map(model, ids, bins=8))
+            logits.append(model(ids).logits)
+    assert torch.allclose(*maps_, atol=1e-5) and torch.allclose(*logits, atol=1e-5)
+    assert not torch.allclose(logits[0], merged(ids).logits, atol=1e-3), "nothing was steered"
