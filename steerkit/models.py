@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -74,6 +75,15 @@ def _with_adapter(
             f"{name}: the adapter cannot be put on its base model ({first}); was it trained on it?"
         ) from error
     return merged.eval(), tokenizer
+
+
+def config_of(name: str | os.PathLike) -> PretrainedConfig:
+    """The shape of a model that `load` would load, without its weights."""
+    source = _source(name)
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(_explain(name, source, error)) from error
 
 
 @contextmanager

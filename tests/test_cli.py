@@ -13,8 +13,9 @@ import papermill
 import pytest
 import torch
 from conftest import NotebookMaker
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steerkit import cli, runner
+from steerkit import cli, memory, runner
 from steerkit.results import ROOT
 
 CLAIM = """import os, pathlib
@@ -235,18 +236,36 @@ def test_doctor_says_what_is_here_and_what_is_missing(
     assert "holds no notebooks" not in capsys.readouterr().out
 
 
-def test_doctor_sizes_the_gpu_profile_by_free_memory(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("free", "fitting"), [(None, 0), (10, 2), (60, 4)])
+def test_doctor_says_which_models_fit_into_the_gpus_free_memory(
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    free: int | None,
+    fitting: int,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cli.main(["doctor"], root=root)
-    assert "torch sees no CUDA device" in capsys.readouterr().out
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: free is not None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * 2**30, 16 * 2**30))
-    cli.main(["doctor"], root=root)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, 80 * 2**30))
+    cli.main(["doctor", "--model", "tiny"], root=root)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "A GPU" in printed and "10 of 16 GiB free" in printed and "4.3 B" in printed
+    assert "computed, not measured" in printed and "Qwen2.5-7B" in printed and "tiny" in printed
+    assert printed.count("(fits)") == fitting
+    assert printed.count("(does not fit)") == (0 if free is None else 4 - fitting)
+    assert (f"{free} of 80 GiB free" if free else "torch sees no CUDA device") in printed
+
+
+def test_computed_weights_and_cache_are_what_a_model_holds(
+    tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
+    model, ids = tiny[0], torch.arange(60).view(3, 20)
+    held = model(ids, use_cache=True).past_key_values
+    want = memory.need(model.config, rows=3, tokens=20, size=4)
+    cache = sum(x.nbytes for layer in held.layers for x in (layer.keys, layer.values))
+    assert want.cache == cache / 2**30
+    assert want.weights == sum(p.nbytes for p in model.parameters()) / 2**30
+    assert memory.need(memory.qwen("0.5B")).billions == 0.494032768  # as the checkpoint has them
 
 
 def test_python_m_steerkit_is_the_command() -> None:
