@@ -96,7 +96,7 @@ def _profile_options(add: Callable[..., Any]) -> None:
 
 def _run(args: argparse.Namespace, root: Path, console: Console) -> int:
     try:
-        from steerkit import runner
+        from steerkit import overview, runner
     except ImportError as error:
         raise RuntimeError(f"{error}; install with `pip install -e .[notebooks]`") from error
     plans = _plans(args, root)
@@ -114,6 +114,8 @@ def _run(args: argparse.Namespace, root: Path, console: Console) -> int:
             if args.save and outcomes[-1].error is None:
                 runner.store(outcomes[-1].executed, path)
     console.print(claims_table(collect(figures, args.profile, since=start)))
+    if picture := overview.draw(figures / args.profile):
+        console.print(f"the results in one picture: {picture}", highlight=False, soft_wrap=True)
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:
         _report(outcome, console)
