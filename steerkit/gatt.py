@@ -44,7 +44,7 @@ class Plan:
     """A dialogue to be sampled: the instruction, and what the user says besides it.
 
     A reply must hold its question's `value` ("" asks for nothing). `probes` are the turns, from 0,
-    whose message asks for the instruction itself; they are judged by `Constraint.recalled`.
+    whose message asks for an instruction; one that was given is judged by `Constraint.recalled`.
     """
 
     constraints: tuple[Constraint, ...]
@@ -71,7 +71,7 @@ class Plan:
 
     def good(self, turn: int, reply: str) -> bool:
         """Does the reply obey and hold the value; or, at a probe, does it name the instruction?"""
-        if turn in self.probes:
+        if turn in self.probes and self.constraints:
             return any(c.recalled(reply) for c in self.constraints if self._asked(c, turn))
         return self.right(turn, reply) and all(c.obeyed(reply) for c in self.constraints)
 
@@ -121,27 +121,26 @@ def make_plan(
     constraints: Sequence[Constraint],
     *,
     turns: int = 20,
-    probes: float = 0.0,
+    probes: bool = False,
     ask: Ask = question_for,
 ) -> Plan:
-    """A plan with questions by `ask`; a share `probes` of the turns asks for the instruction.
+    """A plan with questions by `ask`; with `probes` each instruction is asked for at a random turn.
 
-    Without constraints such a turn asks for one that was never given, and the reply has to say so.
+    Once only: after that its answer stands in the history, and to copy it is easier than to
+    remember. Without constraints two that were never given are asked for; the reply must say so.
     """
     questions = [ask(rng, constraints) for _ in range(turns)]
-    recall = [t for t in range(1, turns) if rng.random() < probes]
-    asking = [c.probe for c in constraints if c.probe is not None]
-    if not constraints:
-        untold = [Constraint(f, "").probe for f in FAMILIES]
-        for t in recall:
-            probe = rng.choice([p for p in untold if p is not None])
-            questions[t] = Question(probe.question, "", "", probe.untold)
-    elif asking:
-        for t in recall:
-            questions[t] = Question(rng.choice(asking).question, "", "", "")
-    recall = recall if asking else []
-    told = instruct(rng, constraints) if constraints else ""
-    return Plan(tuple(constraints), told, tuple(questions), tuple(recall))
+    if constraints:
+        asked = [Question(c.probe.question, "", "", "") for c in constraints if c.probe]
+        told = instruct(rng, constraints)
+    else:
+        untold = [p for f in FAMILIES if (p := Constraint(f, "").probe)]
+        asked = [Question(p.question, "", "", p.untold) for p in rng.sample(untold, 2)]
+        told = ""
+    at = rng.sample(range(1, turns), min(len(asked), turns - 1)) if probes else []
+    for turn, question in zip(at, asked, strict=False):
+        questions[turn] = question
+    return Plan(tuple(constraints), told, tuple(questions), tuple(sorted(at)))
 
 
 def real_question(rng: random.Random, _: Sequence[Constraint]) -> Question:
@@ -332,13 +331,13 @@ def history(sample: Sample, turn: int, *, every: bool = False) -> list[Message]:
 
 
 def make_rows(
-    samples: Sequence[Sample], *, per_dialogue: int = 3, first: int = 1, seed: int = 0
+    samples: Sequence[Sample], *, per_dialogue: int = 6, first: int = 1, seed: int = 0
 ) -> list[Row]:
     """GAtt's training rows: {"prompt": history, "completion": the reply at one turn}.
 
-    Each dialogue gives `per_dialogue` rows, cut at random turns.
-    TRL puts no loss on a prompt: all earlier turns, assistant messages included, are silent. Only
-    replies that passed their verifier are taught; `first` is the earliest turn (from 0).
+    Each dialogue gives `per_dialogue` rows, cut at its probes and at random turns from `first` on
+    (0 is the first turn). TRL puts no loss on a prompt: all earlier turns, assistant messages
+    included, are silent. Only replies that passed their verifier are taught.
     """
     return [
         {
@@ -362,7 +361,7 @@ def make_pairs(
     tokenizer: Tokenizer,
     samples: Sequence[Sample],
     *,
-    per_dialogue: int = 3,
+    per_dialogue: int = 6,
     first: int = 1,
     seed: int = 0,
     max_new_tokens: int = 48,
@@ -371,10 +370,19 @@ def make_pairs(
 
     Chosen is the reply that was sampled with the instruction repeated, and verified. Rejected is
     what the model says when it reads the instruction in the first message only, if that fails.
+    Without an instruction nothing fails: there the rejected reply follows one of another dialogue,
+    slipped into the last message, or DPO would only ever learn to obey.
     """
-    taught = _taught(samples, per_dialogue, first, seed)
+    rng, taught = random.Random(seed), _taught(samples, per_dialogue, first, seed)
+    told = [s.plan.instruction for s in samples if s.plan.constraints] or [""]
     prompts = [history(s, t) for s, t in taught]
-    lapses = reply(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch=32)
+    tempting = [
+        m
+        if s.plan.constraints
+        else [*m[:-1], Message("user", f"{rng.choice(told)} {m[-1].content}")]
+        for (s, _), m in zip(taught, prompts, strict=True)
+    ]
+    lapses = reply(model, tokenizer, tempting, max_new_tokens=max_new_tokens, batch=32)
     return [
         {
             "prompt": _dicts(messages),
@@ -382,7 +390,7 @@ def make_pairs(
             "rejected": _dicts([Message("assistant", lapse)]),
         }
         for (s, t), messages, lapse in zip(taught, prompts, lapses, strict=True)
-        if not s.plan.good(t, lapse)
+        if lapse != s.replies[t] and not (s.plan.constraints and s.plan.good(t, lapse))
     ]
 
 
@@ -393,7 +401,10 @@ def _taught(
     rng, chosen = random.Random(seed), []
     for s in samples:
         good = [t for t in range(first, len(s.replies)) if s.good[t]]
-        chosen += [(s, t) for t in rng.sample(good, min(per_dialogue, len(good)))]
+        asked = [t for t in good if t in s.plan.probes][:per_dialogue]
+        rest = [t for t in good if t not in asked]
+        more = rng.sample(rest, min(per_dialogue - len(asked), len(rest)))
+        chosen += [(s, t) for t in asked + more]
     rng.shuffle(chosen)
     return chosen
 

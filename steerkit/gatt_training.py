@@ -44,7 +44,7 @@ class Settings:
     """
 
     lr: float = 4e-3
-    steps: int = 100
+    steps: int = 200
     batch: int = 8
     warmup: int = 10
     rank: int = 12

@@ -10,7 +10,7 @@ import torch
 from steerkit import gatt, gatt_arms, gatt_eval
 from steerkit.chat import CHATML, Dialogues, Message, check_template, encode, play, prompt, reply
 from steerkit.constraints import FAMILIES, Constraint, values
-from steerkit.world import Question
+from steerkit.world import Question, fact_question
 
 FRENCH = Constraint("language", "French")
 CHESS = Constraint("hobby", "chess")
@@ -75,6 +75,19 @@ def test_pairs_reject_what_the_model_said_and_failed(tiny):
         assert not plan.good(t, row["rejected"][0]["content"])
 
 
+def test_pairs_without_an_instruction_reject_obedience(tiny):
+    """Chosen is the plain reply; rejected is what the same message gets once it is instructed."""
+    told = plan_of(0, turns=2, family="emoji")
+    quiet = gatt.make_plan(random.Random(0), (), turns=6, ask=lambda rng, _: fact_question(rng))
+    samples = gatt.sample(*tiny, [told, quiet], candidates=1)
+    pairs = gatt.make_pairs(*tiny, samples, first=0, per_dialogue=6)
+    of_quiet = [p for p in pairs if told.instruction not in str(p["prompt"])]
+    assert len(of_quiet) == 6
+    for row in of_quiet:
+        chosen, rejected = (row[key][0]["content"] for key in ("chosen", "rejected"))
+        assert told.constraints[0].obeyed(rejected) and not told.constraints[0].obeyed(chosen)
+
+
 def test_values_held_out_are_a_quarter_and_never_drawn():
     rng = random.Random(0)
     for family in FAMILIES:
@@ -116,6 +129,39 @@ def test_probes_are_judged_by_what_is_recalled():
     plan = gatt.Plan((CHESS, FRENCH), "Hobby: chess.", questions("Q?", CHESS.probe.question), (1,))
     assert plan.good(1, "My hobby is chess.") and not plan.good(1, "I speak French.")
     assert not plan.good(0, "My hobby is chess.")
+
+
+def test_each_instruction_is_asked_for_once_and_never_in_the_first_message():
+    """A second question would find the answer in the history."""
+    for seed in range(40):
+        plan = plan_of(seed, turns=6, probes=True)
+        assert [t for t, q in enumerate(plan.questions) if q.text == CHESS.probe.question] == list(
+            plan.probes
+        )
+        assert len(plan.probes) == 1 and plan.probes[0] > 0
+    both = gatt.make_plan(random.Random(0), [CHESS, FRENCH], turns=9, probes=True)
+    assert {both.questions[t].text for t in both.probes} == {
+        CHESS.probe.question,
+        FRENCH.probe.question,
+    }
+    assert gatt.make_plan(random.Random(0), [CHESS, FRENCH], turns=2, probes=True).probes == (1,)
+
+
+def test_what_was_never_told_is_asked_for_too_and_must_be_denied():
+    plan = gatt.make_plan(random.Random(0), (), turns=9, probes=True)
+    assert len(plan.probes) == 2
+    for t in plan.probes:
+        assert plan.good(t, plan.questions[t].value) and not plan.good(t, "My hobby is chess.")
+
+
+def test_rows_are_cut_at_every_probe():
+    plan = gatt.make_plan(random.Random(0), [CHESS, FRENCH], turns=20, probes=True)
+    sample = gatt.Sample(plan, ("R.",) * 20, (True,) * 20)
+    for seed in range(20):
+        rows = gatt.make_rows([sample], per_dialogue=3, seed=seed)
+        cuts = {len(row["prompt"]) // 2 for row in rows}
+        assert len(rows) == len(cuts) == 3 and set(plan.probes) < cuts
+    assert len(gatt.make_rows([sample], per_dialogue=1)) == 1
 
 
 # Sampling
@@ -185,6 +231,14 @@ def test_complete_lines_are_not_sampled_again(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(gatt, "_sample_batch", lambda *a: batches.append(a[1]) or inner(*a))
     gatt.sample(*tiny, plans, **options)
     assert batches == [plans[2:]]
+
+
+def test_a_complete_file_is_only_read(tiny, tmp_path, monkeypatch):
+    plans = [plan_of(seed, turns=1) for seed in range(3)]
+    options = {"candidates": 1, "batch": 2, "out": tmp_path / "a.jsonl"}
+    whole = gatt.sample(*tiny, plans, **options)
+    monkeypatch.setattr(gatt, "_sample_batch", lambda *_: pytest.fail("sampled again"))
+    assert gatt.sample(*tiny, plans, **options) == whole
 
 
 def test_a_samples_file_of_other_parameters_is_refused(tiny, tmp_path):
@@ -325,6 +379,22 @@ def test_the_divergence_from_the_teacher_is_the_sum_over_the_vocabulary(tiny):
 def test_the_base_names_no_hobby_and_obeys_nothing_without_instruction(tiny):
     assert gatt_eval.leak(*tiny, turns=2, n=8).mean() == 0
     assert gatt_eval.untold(*tiny, n=2).mean() >= 0.8
+
+
+def test_stored_histories_are_joined_over_seeds():
+    """Two seeds of two dialogues each: the mean over all four, by turn."""
+    cells = {"seen": {"family": ["hobby"] * 2, "obeyed": ["11", "10"]}}
+    records = [
+        {"arm": "gatt", "cells": cells, "neutral": rows, "competing": ["00", "00"]}
+        for rows in (["10", "10"], ["11", "01"])
+    ]
+    found = gatt_arms.histories(records, "gatt")
+    means = {name: curve[0].tolist() for name, curve in found.items()}
+    assert means == {
+        "own history": [1, 0.5],
+        "neutral history": [0.75, 0.5],
+        "competing history": [0, 0],
+    }
 
 
 # Bad input

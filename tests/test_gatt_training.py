@@ -17,11 +17,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import steerkit
-from steerkit import gatt, gatt_arms, gatt_eval, gatt_training, world
-from steerkit.chat import encode, prompt
+from steerkit import gatt, gatt_arms, gatt_eval, gatt_training, runner, world
+from steerkit.chat import CHATML, encode, prompt
 from steerkit.constraints import FAMILIES
 from steerkit.gatt_training import IGNORED, Settings, check_rows, make_trainer, train
 from steerkit.maps import attention_map
+from steerkit.results import ROOT
 
 SMALL = Settings(steps=4, batch=2, warmup=1, rank=4, save_every=2, lr=1e-2)
 
@@ -316,3 +317,33 @@ def test_an_adapter_that_is_not_merged_is_mapped_and_steered_like_the_merged_mod
             logits.append(model(ids).logits)
     assert torch.allclose(*maps_, atol=1e-5) and torch.allclose(*logits, atol=1e-5)
     assert not torch.allclose(logits[0], merged(ids).logits, atol=1e-3), "nothing was steered"
+
+
+# A chat model of one's own
+
+
+@pytest.fixture
+def hub_style(tiny, tmp_path):
+    """A directory as from the hub: random weights, and a chat template that adds a system text."""
+    tokenizer = deepcopy(tiny[1])
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"}
+    )
+    tokenizer.chat_template = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + CHATML
+    )
+    small_model(tokenizer).save_pretrained(tmp_path / "hub")
+    tokenizer.save_pretrained(tmp_path / "hub")
+    return tmp_path / "hub"
+
+
+def test_notebook_01_runs_on_a_model_directory(hub_style, tmp_path):
+    """The path of the gpu profile: real constraints, the template replaced, nothing stored read."""
+    path, out = ROOT / "notebooks" / "01_gatt_training.ipynb", tmp_path / "runs"
+    out.mkdir()
+    values = runner.overrides(path, profile="smoke", model=str(hub_style))
+    places = {"out": out, "figures": tmp_path / "figures", "cwd": path.parent}
+    done = runner.execute(path, values, profile="smoke", timeout=300, progress=False, **places)
+    assert done.error is None, done.error
+    claims = (tmp_path / "figures").glob("smoke/01_gatt_training/*.claim.json")
+    assert {json.loads(p.read_text())["model"] for p in claims} == {str(hub_style)}
