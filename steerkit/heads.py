@@ -276,9 +276,11 @@ def every_head(layers: int, heads: int) -> list[Head]:
 
 
 def refuse_examples(examples: Sequence[Prompt]) -> None:
-    """ValueError for no examples, or for one without an answer."""
+    """ValueError for no examples, or for one without an answer or with spans not in the prompt."""
     if not examples:
         raise ValueError("no examples: the heads are scored on at least one prompt")
+    for example in examples:
+        _check(example)
     if empty := [i for i, p in enumerate(examples) if not p.answer]:
         raise ValueError(
             f"examples {empty[:5]} have no answer: heads are scored by the answer's "

@@ -1,34 +1,37 @@
 """Algorithm 1 without doing anything twice: the engine of `heads.score_heads`.
 
 Steering one head of layer l changes nothing below l, and nothing in rows before the first span
-(there every visible key is outside of it, and the row is renormalised). So a batch of prompts runs
-once: rows before the spans go into a cache of keys and values; each layer's input and attention,
-plain and with all heads steered, are kept. Then a head's variant starts at its own layer, with its
-own column of the steered attention, and only the answer's rows meet the vocabulary.
+(there every visible key is outside of it, and the row is renormalised). So a few prompts that begin
+alike run once: rows before the spans go into a cache of keys and values; each layer's input and
+attention, plain and with all heads steered, are kept. Then a head's variant starts behind the
+attention of its own layer, with its own column of the steered one; the last layer goes on with the
+rows that predict the answer, and only those meet the vocabulary.
 
-Axes: B prompts, C variants, q rows from the first span on, H query heads, D head size.
+Axes: B prompts, C variants, q rows from the first span on, A rows that predict the answer, K keys,
+H query heads, D head size.
 """
 
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from steerkit.attention import Call, attached, install, probe
+from steerkit.attention import Call, attached, install
 from steerkit.emphasis import Head
-from steerkit.heads import HeadTable, Prompt, _read, padded
+from steerkit.heads import HeadTable, Prompt, forced, load_table, padded
 from steerkit.key_bias import attend_biased
 from steerkit.progress import progress
 
-_ROWS = {"cpu": 1024, "cuda": 65536}  # token rows that one replayed forward holds
+_ROWS = {"cpu": 1024, "cuda": 65536}  # rows of tokens that one replayed forward holds
 # Nats by which the replay may differ from the model before it is refused; half precision rounds.
 _TOLERANCE, _HALF_TOLERANCE = 1e-3, 0.1
 
@@ -61,8 +64,27 @@ class _Rest(CacheLayerMixin):
         return -1
 
 
-class _Layer(NamedTuple):
-    """One decoder layer as it was called, and its attention (B,q,H,D), plain and steered."""
+class _Given(nn.Module):
+    """Stands where an attention module was, and returns what is known already."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return self.output, None
+
+
+class _Arrived(Exception):
+    """A layer's attention call has come to the door; nothing behind it runs."""
+
+
+@dataclass
+class _Layer:
+    """A decoder layer as it was called, with its attention (B,q,H,D), plain and steered.
+
+    `behind`: the attention module's children that ran after the attention, usually one projection.
+    """
 
     module: nn.Module
     attention: nn.Module
@@ -70,25 +92,72 @@ class _Layer(NamedTuple):
     kwargs: dict[str, Any]
     plain: Tensor
     steered: Tensor
+    behind: list[nn.Module]
+
+    def __call__(self, hidden: Tensor, C: int) -> Tensor:
+        """The layer on `hidden` (C*B,q,width), all else as it was."""
+        B = len(hidden) // C
+        args = tuple(_spread(value, B, C) for value in self.args)
+        kwargs = {key: _spread(value, B, C) for key, value in self.kwargs.items()}
+        if args:
+            args = (hidden, *args[1:])
+        else:
+            kwargs["hidden_states"] = hidden
+        out = self.module(*args, **kwargs)
+        return out if isinstance(out, Tensor) else out[0]
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+    def up_to_attention(self, hidden: Tensor, C: int) -> Call:
+        """The attention call of these rows; the layer stops there."""
+        calls = []
+
+        def stop(call: Call) -> Tensor:
+            calls.append(call)
+            raise _Arrived
+
+        with attached({self.attention: stop}):
+            try:
+                self(hidden, C)
+            except _Arrived:
+                return calls[0]
+        raise RuntimeError(f"{type(self.module).__name__} did not come to its attention")
+
+    def behind_attention(self, hidden: Tensor, attention: Tensor, C: int) -> Tensor:
+        """The rest of the layer, on any rows: (C*B,n,width) and (C*B,n,H,D) -> (C*B,n,width)."""
+        out = attention.flatten(2)
+        for module in self.behind:
+            out = module(out)
+        holder, name = _place(self.module, self.attention)
+        holder._modules[name] = _Given(out)
+        try:
+            return self(hidden, C)
+        finally:
+            holder._modules[name] = self.attention
 
 
 class Replay:
-    """One batch of prompts, run once; `variants` scores any heads of a layer."""
+    """A few prompts, run once; `variants` scores any heads of a layer. Enter `install` first."""
 
+    @torch.no_grad()
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Prompt], alpha: float) -> None:
         self.model = model
         ids, keep, target = (x.to(model.device) for x in padded(prompts))
-        self.first = min(start for p in prompts for start, _ in p.spans)
+        first = min(start for p in prompts for start, _ in p.spans)
         # The last token is nobody's context, and the rows before the first span stay as they are.
-        self.ids, self.target = ids[:, self.first :], target[:, self.first :]
+        target = target[:, first + 1 :]
+        self.count = target.sum(1)
+        self.at = target.byte().argsort(dim=1, descending=True, stable=True)  # answers' rows first
+        self.at = self.at[:, : int(self.count.max())]  # (B,A)
+        self.real = target.gather(1, self.at)
+        self.answer = ids[:, first + 1 :].gather(1, self.at)
         column = torch.log(torch.where(keep[:, :-1], 1.0, alpha))
-        self.answer = self.target[:, 1:].any(0)  # rows that predict an answer's token
-        cache = self._rest(ids[:, : self.first])
-        self.layers, self.after, self.plain = self._record(ids[:, self.first : -1], cache, column)
+        cache = self._cached(ids[:, :first]) if first else None
+        self.layers, self.after, self.plain = self._record(ids[:, first:-1], cache, column)
 
-    def _rest(self, ids: Tensor) -> Cache | None:
-        if self.first == 0:
-            return None
+    def _cached(self, ids: Tensor) -> Cache:
         cache = DynamicCache(config=self.model.config)
         self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
         return Cache(layers=[_Rest(layer.keys, layer.values) for layer in cache.layers])
@@ -97,108 +166,100 @@ class Replay:
         self, ids: Tensor, cache: Cache | None, column: Tensor
     ) -> tuple[list[_Layer], list[nn.Module], Tensor]:
         """Run the rest of the rows: each layer's call, what follows the last, and the output."""
-        base, calls = self.model.base_model, probe(self.model, ids[:1, :1])
-        attention = [call.module for call in calls]
-        modules = _decoder_layers(base, attention)
+        base = self.model.base_model
+        stacks = [m for m in base.modules() if isinstance(m, nn.ModuleList)]
+        holder = {m: layer for stack in stacks for layer in stack for m in layer.modules()}
+        both: dict[nn.Module, tuple[Tensor, Tensor, int]] = {}  # of each attention module, in turn
         called: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        both: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         order: list[nn.Module] = []
 
         def edit(call: Call) -> Tensor:
             plain = replace(call).attend()
             ones = column.new_ones(call.query.shape[1], 1)
             steered = attend_biased(replace(call), ones, column[:, -call.key.shape[2] :])
-            both[call.module] = (plain, steered)
+            both[call.module] = (plain, steered, len(order))
             return plain
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             order.append(module)
-            called[module] = (args, kwargs)
+            if holder.get(module) is module:  # a layer itself
+                called[module] = (args, kwargs)
 
-        children = [m for m in base.children() if not isinstance(m, nn.ModuleList)]
         with ExitStack() as stack:
-            for module in [*modules, *children]:
+            for module in base.modules():
                 hook = module.register_forward_pre_hook(note, with_kwargs=True)
                 stack.callback(hook.remove)
-            with _through(self.model, dict.fromkeys(attention, edit)):
-                out = base(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
-        after = order[order.index(modules[-1]) + 1 :]
-        pairs = zip(modules, attention, strict=True)
-        layers = [_Layer(m, a, *called[m], *both[a]) for m, a in pairs]
-        return layers, after, out.last_hidden_state
+            stack.enter_context(attached(dict.fromkeys(base.modules(), edit)))
+            out = base(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+        layers = []
+        for attention, (plain, steered, start) in both.items():
+            module, own = holder[attention], set(attention.children())
+            behind = [m for m in order[start:] if m in own]
+            layers.append(_Layer(module, attention, *called[module], plain, steered, behind))
+        last = max(i for i, m in enumerate(order) if m in holder)
+        return layers, order[last + 1 :], out.last_hidden_state
 
     @torch.no_grad()
     def baseline(self) -> Tensor:
         """Scores (B,) with no head steered."""
-        return self._scores(self.plain[:, self._answers()], 1)[0]
+        return self._told(_rows(self.plain, self.at), 1)[0]
 
     @torch.no_grad()
     def variants(self, layer: int, indices: Sequence[int]) -> Tensor:
         """Scores (C,B) with each of these heads of `layer` steered alone."""
-        plain, steered = self.layers[layer].plain, self.layers[layer].steered
-        rows = plain[None].repeat(len(indices), 1, 1, 1, 1)  # (C,B,q,H,D)
+        C, own, last = len(indices), self.layers[layer], self.layers[-1]
+        at = self.at.repeat(C, 1)
+        attention = own.plain.repeat(C, 1, 1, 1, 1)  # (C,B,q,H,D)
         for variant, index in enumerate(indices):
-            rows[variant, :, :, index] = steered[:, :, index]
-        return self._finish(layer, rows.flatten(0, 1), len(indices))
+            attention[variant, :, :, index] = own.steered[:, :, index]
+        attention, hidden = attention.flatten(0, 1), own.hidden.repeat(C, 1, 1)
+        if own is last:
+            attention, hidden = _rows(attention, at), _rows(hidden, at)
+            return self._told(self._after(own.behind_attention(hidden, attention, C)), C)
+        hidden = own.behind_attention(hidden, attention, C)
+        for module in self.layers[layer + 1 : -1]:
+            hidden = module(hidden, C)
+        attention = _attend_at(last.up_to_attention(hidden, C), at)
+        hidden = last.behind_attention(_rows(hidden, at), attention, C)
+        return self._told(self._after(hidden), C)
 
-    def _finish(self, start: int, attention: Tensor, C: int) -> Tensor:
-        """From layer `start`, its attention given (C*B,q,H,D), to the scores (C,B)."""
-        B = len(self.ids)
-        hidden = _spread(_hidden(self.layers[start]), B, C)
-        given = self.layers[start].attention
-        with _through(self.model, {given: lambda _: attention}):
-            for layer in self.layers[start:]:
-                hidden = _call(layer, hidden, B, C)
-        hidden = hidden[:, self._answers()]
+    def _after(self, hidden: Tensor) -> Tensor:
         for module in self.after:
             hidden = module(hidden)
-        return self._scores(hidden, C)
+        return hidden
 
-    def _answers(self) -> Tensor:
-        """The rows that predict an answer's token of any prompt."""
-        return self.answer.nonzero()[:, 0]
-
-    def _scores(self, hidden: Tensor, C: int) -> Tensor:
-        """Output rows (C*B,answers,width) to scores (C,B)."""
-        logits = self.model.get_output_embeddings()(hidden)
-        told = logits.float().log_softmax(-1)
-        next_ids = self.ids[:, 1:][:, self.answer].repeat(C, 1)
-        target = self.target[:, 1:][:, self.answer].repeat(C, 1)
-        each = told.gather(-1, next_ids[..., None])[..., 0] * target
-        return (each.sum(1) / target.sum(1)).reshape(C, -1).cpu()
+    def _told(self, hidden: Tensor, C: int) -> Tensor:
+        """Output rows (C*B,A,width) to scores (C,B)."""
+        logits = self.model.get_output_embeddings()(hidden).float()
+        told = logits.gather(-1, self.answer.repeat(C, 1)[..., None])[..., 0]
+        each = (told - logits.logsumexp(-1)).unflatten(0, (C, -1)) * self.real
+        return (each.sum(-1) / self.count).cpu()
 
 
-@contextmanager
-def _through(model: PreTrainedModel, edits: dict[nn.Module, Callable[[Call], Tensor]]) -> Iterator:
-    with install(model), attached(edits):
-        yield
+def _rows(x: Tensor, at: Tensor) -> Tensor:
+    """Rows `at` (B,A) of x (B,q,...) -> (B,A,...)."""
+    return x[torch.arange(len(at), device=at.device)[:, None], at]
 
 
-def _decoder_layers(base: nn.Module, attention: Sequence[nn.Module]) -> list[nn.Module]:
-    """The members of the model's list of layers that hold the attention modules."""
-    holders = {
-        inner: layer
-        for stack in base.modules()
-        if isinstance(stack, nn.ModuleList)
-        for layer in stack
-        for inner in layer.modules()
-    }
-    return [holders[module] for module in attention]
-
-
-def _hidden(layer: _Layer) -> Tensor:
-    return layer.args[0] if layer.args else layer.kwargs["hidden_states"]
-
-
-def _call(layer: _Layer, hidden: Tensor, B: int, C: int) -> Tensor:
-    args = tuple(_spread(a, B, C) for a in layer.args)
-    kwargs = {key: _spread(value, B, C) for key, value in layer.kwargs.items()}
-    if args:
-        args = (hidden, *args[1:])
+def _attend_at(call: Call, at: Tensor) -> Tensor:
+    """The attention of rows `at` (B,A) alone -> (B,A,H,D)."""
+    Q, K = call.query.shape[2], call.key.shape[2]
+    if call.mask is None:  # causal
+        mask = (torch.arange(K, device=at.device) <= at[..., None] + (K - Q))[:, None]
     else:
-        kwargs["hidden_states"] = hidden
-    out = layer.module(*args, **kwargs)
-    return out if isinstance(out, Tensor) else out[0]
+        mask = _rows(call.mask.expand(len(at), -1, Q, -1).transpose(1, 2), at).transpose(1, 2)
+    query = _rows(call.query.transpose(1, 2), at).transpose(1, 2)
+    return replace(call, query=query, mask=mask).attend()
+
+
+def _place(layer: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
+    """Which part of the layer holds the module, and under which name."""
+    return next(
+        (holder, name)
+        for holder in layer.modules()
+        for name, child in holder.named_children()
+        if child is module
+    )
 
 
 def _spread(value: Any, B: int, C: int) -> Any:
@@ -211,6 +272,116 @@ def _spread(value: Any, B: int, C: int) -> Any:
 
 
 # --- the search over batches -------------------------------------------------------------------
+
+
+Score = Callable[[PreTrainedModel, list[Prompt], Sequence[Head], float], tuple[Tensor, Tensor]]
+"""(model, prompts, heads, alpha) -> scores (heads,B) and, with no head steered, (B,)."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """Fills `table` with exact scores of any heads on any of the prompts."""
+
+    model: PreTrainedModel
+    prompts: Sequence[Prompt]
+    table: HeadTable
+    alpha: float
+    batch: int
+    after: Callable[[], None] = lambda: None  # called whenever the table has grown
+
+    @cached_property
+    def score(self) -> Score:
+        """Replay where this architecture can be replayed, else one whole forward per head."""
+        return _replayed if _fits(self.model, self.prompts[0], self.alpha) else _one_by_one
+
+    def fill(self, heads: Sequence[Head], rows: Sequence[int]) -> None:
+        """Scores of `heads` on the prompts `rows`; what is in the table already is not computed."""
+        if self.batch < 1:
+            raise ValueError(f"batch={self.batch}: expected at least 1 prompt")
+        with progress(len(heads) * len(rows), unit="head x prompt") as update:
+            for some in self._batches(rows):
+                self._score(some, heads)
+                update(len(some) * len(heads))
+
+    def _batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
+        """Prompts that begin alike and end alike go together, as many as all heads leave room."""
+        room = _most_rows(self.model) // self.table.scores.shape[2]
+        begin = {i: min(start for start, _ in self.prompts[i].spans) for i in rows}
+        end = {i: len(self.prompts[i].ids) + len(self.prompts[i].answer) for i in rows}
+        some: list[int] = []
+        for i in sorted(rows, key=lambda i: (begin[i] // 4, end[i])):
+            more = [*some, i]
+            width = max(end[j] for j in more) - min(begin[j] for j in more)
+            if some and (len(more) > self.batch or len(more) * width > room):
+                yield some
+                more = [i]
+            some = more
+        yield some
+
+    def _score(self, rows: list[int], heads: Sequence[Head]) -> None:
+        """A batch, or its halves when memory runs out."""
+        scores, baseline = self.table.scores, self.table.baseline
+        if not baseline[rows].isnan().any():
+            heads = [h for h in heads if scores[(rows, *h)].isnan().any()]
+            if not heads:
+                return
+        prompts = [self.prompts[i] for i in rows]
+        try:
+            found, baseline[rows] = self.score(self.model, prompts, heads, self.alpha)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+        else:
+            for head, values in zip(heads, found, strict=True):
+                scores[(rows, *head)] = values
+            self.after()
+            return
+        for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+            self._score(half, heads)
+
+
+def _most_rows(model: PreTrainedModel) -> int:
+    return _ROWS.get(model.device.type, _ROWS["cpu"])
+
+
+def _replayed(
+    model: PreTrainedModel, prompts: list[Prompt], heads: Sequence[Head], alpha: float
+) -> tuple[Tensor, Tensor]:
+    found = torch.empty(len(heads), len(prompts))
+    with install(model):
+        replay = Replay(model, prompts, alpha)
+        chunk = max(1, _most_rows(model) // replay.plain[..., 0].numel())
+        for layer in sorted({h.layer for h in heads}):
+            places = [i for i, h in enumerate(heads) if h.layer == layer]
+            for start in range(0, len(places), chunk):
+                some = places[start : start + chunk]
+                found[some] = replay.variants(layer, [heads[i].index for i in some])
+        return found, replay.baseline()
+
+
+def _one_by_one(
+    model: PreTrainedModel, prompts: list[Prompt], heads: Sequence[Head], alpha: float
+) -> tuple[Tensor, Tensor]:
+    options = {"alpha": alpha, "batch": len(prompts)}
+    found = [forced(model, prompts, [head], **options) for head in heads]
+    return torch.stack(found), forced(model, prompts, [], **options)
+
+
+def _fits(model: PreTrainedModel, prompt: Prompt, alpha: float) -> bool:
+    """Asked by doing it: one prompt, one head of the first layer, so that all layers are replayed.
+
+    No where layers pass more than hidden states, or logits are scaled after the vocabulary.
+    """
+    first = Head(0, 0)
+    try:
+        found = _replayed(model, [prompt], [first], alpha)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError):
+        return False
+    wanted = forced(model, [prompt], [first], alpha=alpha)
+    tolerance = _TOLERANCE if model.dtype.itemsize > 2 else _HALF_TOLERANCE
+    return bool((found[0] - wanted).abs() < tolerance)
 
 
 def search(
@@ -231,9 +402,6 @@ def search(
     for file in dict.fromkeys([path, own]):
         if file is not None and file.exists():
             _take(file, table)
-    share = heads[rank::world]
-    score = engine(model, prompts[0], share, alpha)
-    everything = list(range(len(prompts)))
     last = time.monotonic()
 
     def keep() -> None:
@@ -242,7 +410,8 @@ def search(
             table.save(own)
             last = time.monotonic()
 
-    fill(score, model, prompts, everything, share, table, alpha=alpha, batch=batch, after=keep)
+    work = Search(model, prompts, table, alpha, batch, after=keep)
+    work.fill(heads[rank::world], range(len(prompts)))
     if world > 1:
         _merge(table)
     if path is not None and rank == 0:
@@ -250,150 +419,16 @@ def search(
     return table
 
 
-Score = Callable[
-    [PreTrainedModel, Sequence[Prompt], list[int], Sequence[Head], HeadTable, float], Tensor
-]
-
-
-def fill(
-    score: Score,
-    model: PreTrainedModel,
-    prompts: Sequence[Prompt],
-    rows: Sequence[int],
-    heads: Sequence[Head],
-    table: HeadTable,
-    *,
-    alpha: float,
-    batch: int,
-    after: Callable[[], None] | None = None,
-) -> None:
-    """Scores of `heads` on the prompts `rows` into the table; `after` is called after a batch."""
-    with progress(len(heads) * len(rows), unit="head x prompt") as update:
-        for some in _batches(prompts, rows, batch):
-            for part, baseline in _halving(score, model, prompts, some, heads, table, alpha):
-                table.baseline[part] = baseline
-                if after is not None:
-                    after()
-            update(len(some) * len(heads))
-
-
-def _batches(prompts: Sequence[Prompt], rows: Sequence[int], batch: int) -> Iterator[list[int]]:
-    """Prompts whose spans begin alike, and whose lengths are alike, go together."""
-    if batch < 1:
-        raise ValueError(f"batch={batch}: expected at least 1 prompt")
-    order = sorted(
-        rows, key=lambda i: (min(s for s, _ in prompts[i].spans) // 8, len(prompts[i].ids))
-    )
-    for start in range(0, len(order), batch):
-        yield order[start : start + batch]
-
-
-def _halving(
-    score: Score,
-    model: PreTrainedModel,
-    prompts: Sequence[Prompt],
-    rows: list[int],
-    heads: Sequence[Head],
-    table: HeadTable,
-    alpha: float,
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Score a batch, or its halves when memory runs out; what is in the table already is not."""
-    if not table.baseline[rows].isnan().any():
-        heads = [h for h in heads if table.scores[(rows, *h)].isnan().any()]
-        if not heads:
-            return
-    try:
-        baseline = score(model, prompts, rows, heads, table, alpha)
-    except torch.OutOfMemoryError:
-        if len(rows) == 1:
-            raise
-    else:
-        yield rows, baseline
-        return
-    for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-        yield from _halving(score, model, prompts, half, heads, table, alpha)
-
-
-def _replayed(
-    model: PreTrainedModel,
-    prompts: Sequence[Prompt],
-    rows: list[int],
-    heads: Sequence[Head],
-    table: HeadTable,
-    alpha: float,
-) -> Tensor:
-    with torch.no_grad():
-        replay = Replay(model, [prompts[i] for i in rows], alpha)
-    width = replay.ids[:, 1:].numel()
-    chunk = max(1, _ROWS.get(model.device.type, _ROWS["cpu"]) // width)
-    for layer in sorted({h.layer for h in heads}):
-        indices = [h.index for h in heads if h.layer == layer]
-        for start in range(0, len(indices), chunk):
-            some = indices[start : start + chunk]
-            for index, values in zip(some, replay.variants(layer, some), strict=True):
-                table.scores[rows, layer, index] = values
-    return replay.baseline()
-
-
-def _one_by_one(
-    model: PreTrainedModel,
-    prompts: Sequence[Prompt],
-    rows: list[int],
-    heads: Sequence[Head],
-    table: HeadTable,
-    alpha: float,
-) -> Tensor:
-    from steerkit.heads import forced
-
-    some = [prompts[i] for i in rows]
-    for head in heads:
-        table.scores[rows, head.layer, head.index] = forced(
-            model, some, [head], alpha=alpha, batch=len(some)
-        )
-    return forced(model, some, [], batch=len(some))
-
-
-def engine(model: PreTrainedModel, prompt: Prompt, heads: Sequence[Head], alpha: float) -> Score:
-    """Replay where this architecture can be replayed, else one whole forward per head."""
-    return _replayed if _fits(model, prompt, heads, alpha) else _one_by_one
-
-
-def _fits(model: PreTrainedModel, prompt: Prompt, heads: Sequence[Head], alpha: float) -> bool:
-    """Asked by doing it: one prompt, one head.
-
-    No where layers pass more than hidden states, or logits are scaled after the vocabulary.
-    """
-    from steerkit.heads import forced
-
-    if not heads:
-        return True
-    head = max(heads)
-    try:
-        with torch.no_grad():
-            replay = Replay(model, [prompt], alpha)
-        found = replay.variants(head.layer, [head.index])[0]
-    except torch.OutOfMemoryError:
-        raise
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
-        return False
-    wanted = forced(model, [prompt], [head], alpha=alpha)
-    tolerance = _TOLERANCE if model.dtype.itemsize > 2 else _HALF_TOLERANCE
-    return bool((found - wanted).abs() < tolerance)
-
-
 def _take(path: Path, table: HeadTable) -> None:
     """What an earlier run left in `path`, if it is about the same."""
-    about, scores, baseline = _read(path)
+    found = load_table(path)
     for key, value in table.about.items():
-        if about.get(key) != value:
+        if found.about.get(key) != value:
             raise ValueError(
-                f"{path}: a table of other {key} ({about.get(key)}, not {value}); give another "
-                "file, or delete it"
+                f"{path}: a table of other {key} ({found.about.get(key)}, not {value}); give "
+                "another file, or delete it"
             )
-    fresh = ~scores.isnan()
-    table.scores[fresh] = scores[fresh]
-    known = ~baseline.isnan()
-    table.baseline[known] = baseline[known]
+    _put(found.scores, found.baseline, table)
 
 
 def _merge(table: HeadTable) -> None:
@@ -403,6 +438,9 @@ def _merge(table: HeadTable) -> None:
 
     PartialState(cpu=not torch.cuda.is_available())  # makes the processes one group
     for scores, baseline in gather_object([(table.scores, table.baseline)]):
-        fresh, known = ~scores.isnan(), ~baseline.isnan()
-        table.scores[fresh] = scores[fresh]
-        table.baseline[known] = baseline[known]
+        _put(scores, baseline, table)
+
+
+def _put(scores: Tensor, baseline: Tensor, table: HeadTable) -> None:
+    fresh, known = ~scores.isnan(), ~baseline.isnan()
+    table.scores[fresh], table.baseline[known] = scores[fresh], baseline[known]

@@ -27,7 +27,7 @@ from steerkit.heads import (
     shape,
 )
 from steerkit.key_bias import attend_biased
-from steerkit.replay import engine, fill
+from steerkit.replay import Search
 
 
 class Screen(NamedTuple):
@@ -98,11 +98,11 @@ def screen_heads(
     empty = torch.full((len(examples), *size), torch.nan)
     table = HeadTable(empty, torch.full((len(examples),), torch.nan), about)
     heads, done, rounds = rank(slopes)[: max(keep + 2, n // 12)], 0, []
-    score = engine(model, examples[0], heads, alpha)
+    search = Search(model, examples, table, alpha, batch)
     while True:
         times = max(0, (len(heads) // (keep + 2)).bit_length() - 1)  # halvings still to come
         upto = max(1, len(order) >> times)
-        fill(score, model, examples, order[done:upto], heads, table, alpha=alpha, batch=batch)
+        search.fill(heads, order[done:upto])
         rounds.append((len(heads), upto))
         if upto == len(order):
             return Screen(table, slopes, rounds)

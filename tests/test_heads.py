@@ -72,11 +72,13 @@ def of(values, baseline=0.0) -> HeadTable:
 # --- the same scores ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("first", [0, 3], ids=["span at the start", "span inside"])
+@pytest.mark.parametrize(
+    ("first", "rows"), [(0, 1024), (3, 1024), (3, 64)], ids=["span at the start", "inside", "small"]
+)
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "phi3", "gpt_neox", "gpt2", "olmo2"])
-def test_the_search_returns_the_naive_loops_scores(name, first, monkeypatch):
+def test_the_search_returns_the_naive_loops_scores(name, first, rows, monkeypatch):
     monkeypatch.setattr(replay, "_one_by_one", None)  # no falling back
-    monkeypatch.setitem(replay._ROWS, "cpu", 64)  # chunks of heads
+    monkeypatch.setitem(replay._ROWS, "cpu", rows)  # 64: batches of one prompt, chunks of heads
     model, examples = tiny_models.tiny(name), some_prompts(first=first)
     fast, slow = score_heads(model, examples, batch=3), naive_scores(model, examples, batch=1)
     torch.testing.assert_close(fast.scores, slow.scores, atol=1e-5, rtol=0)
@@ -106,7 +108,7 @@ def test_an_architecture_that_cannot_be_replayed_gets_the_naive_loop(monkeypatch
     config = GraniteConfig(**tiny_models.SIZE, logits_scaling=0.1)  # scaled after the vocabulary
     model = AutoModelForCausalLM.from_config(config).eval()
     examples = some_prompts(2)
-    assert not replay._fits(model, examples[0], [Head(1, 3)], 0.01)
+    assert not replay._fits(model, examples[0], 0.01)
     fast, slow = score_heads(model, examples), naive_scores(model, examples)
     torch.testing.assert_close(fast.scores, slow.scores, atol=1e-5, rtol=0)
 
@@ -127,16 +129,16 @@ def test_alpha_one_is_the_baseline(llama):
 def test_memory_that_runs_out_halves_the_batch(llama, table, monkeypatch):
     whole, sizes = replay._replayed, []
 
-    def small(model, prompts, rows, *rest):
-        sizes.append(len(rows))
-        if len(rows) > 2:
+    def small(model, prompts, *rest):
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
             raise torch.OutOfMemoryError("as on a device")
-        return whole(model, prompts, rows, *rest)
+        return whole(model, prompts, *rest)
 
     monkeypatch.setattr(replay, "_replayed", small)
     found = score_heads(llama, some_prompts())
     torch.testing.assert_close(found.scores, table.scores, atol=1e-5, rtol=0)
-    assert sizes == [5, 2, 3, 1, 2]
+    assert sizes == [1, 5, 2, 3, 1, 2]  # the first asks whether the model can be replayed
 
 
 def test_memory_that_does_not_hold_one_prompt_is_an_error(llama, monkeypatch):
@@ -196,11 +198,13 @@ def test_a_search_goes_on_where_its_file_ends(llama, table, tmp_path, monkeypatc
         worked.extend((layer, i) for i in indices)
         return whole(self, layer, indices)
 
-    found = score_heads(llama, some_prompts(), resume=path)
     monkeypatch.setattr(replay.Replay, "variants", watch)
+    found = score_heads(llama, some_prompts(), resume=path)
     torch.testing.assert_close(found.scores, table.scores, atol=1e-5, rtol=0)
+    assert set(worked) - {(0, 0)} == set(every_head(*SIZE)[5:])  # L0H0: can it be replayed?
+    worked.clear()
     score_heads(llama, some_prompts(), resume=path)
-    assert worked == [(1, 3)]  # the whole table is there: only the check of the architecture runs
+    assert not worked  # the whole table is there
 
 
 CHILD = """
