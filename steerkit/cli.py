@@ -27,7 +27,7 @@ EXAMPLES = """examples:
   steerkit run --only 04 -p TEXT book.txt       one notebook, on a text of your own
   steerkit run --profile gpu --model DIR_OR_ID  a real checkpoint on a CUDA GPU
   steerkit student --out workshop               copies for students, and the answer key
-  steerkit check workshop/student/04*.ipynb     which exercises of a student's copy are right
+  steerkit check workshop/student/*.ipynb       which exercises of students' copies are right
   steerkit profile-heads --model DIR_OR_ID --tasks json biasbios --out heads.json
   steerkit doctor                               versions, device, memory, what each profile can do
 """
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     student.add_argument("--only", nargs="+", default=(), metavar="NAME", help="by prefix: 04")
     check = commands.add_parser("check", help="say which exercises of a student's copy are right")
     check.set_defaults(command=_check)
-    check.add_argument("notebook", type=Path, metavar="NOTEBOOK")
+    check.add_argument("notebooks", type=Path, nargs="+", metavar="NOTEBOOK")
     check.add_argument("--profile", default="smoke", choices=("smoke", "cpu", "gpu"))
     check.add_argument("--timeout", type=int, metavar="S", help="seconds per cell")
     heads = commands.add_parser("profile-heads", help="search the heads that PASTA steers")
@@ -158,13 +158,19 @@ def _student(args: argparse.Namespace, root: Path, console: Console) -> int:
 def _check(args: argparse.Namespace, root: Path, console: Console) -> int:
     from steerkit import runner, student
 
-    timeout = args.timeout or runner.CELL_TIMEOUT[args.profile]
-    verdicts = student.grade(args.notebook, profile=args.profile, timeout=timeout)
-    for verdict in verdicts:
-        line = f"Exercise {verdict.number}: {verdict.state}"
-        style = "green" if verdict.state == student.RIGHT else "red"
-        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
-    return 0 if all(verdict.state == student.RIGHT for verdict in verdicts) else 1
+    options = {
+        "profile": args.profile,
+        "timeout": args.timeout or runner.CELL_TIMEOUT[args.profile],
+    }
+    states = []
+    for path in args.notebooks:
+        console.print(str(path), style="bold", markup=False, highlight=False, soft_wrap=True)
+        for verdict in student.grade(path, **options):
+            states.append(verdict.state)
+            line = f"  Exercise {verdict.number}: {verdict.state}"
+            style = "green" if verdict.state == student.RIGHT else "red"
+            console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+    return 0 if set(states) == {student.RIGHT} else 1
 
 
 def _profile_heads(args: argparse.Namespace, root: Path, console: Console) -> int:

@@ -227,6 +227,8 @@ def _explain(failure: Exception, partial: Path) -> str:
     if isinstance(failure, PapermillExecutionError):
         source, count = failure.source, failure.exec_count
         reason = f"{failure.ename}: {failure.evalue}"
+        if failure.ename == "OutOfMemoryError":
+            reason += "; take a smaller --model (steerkit doctor says what it needs) or profile"
     else:
         source, count = _last_started(partial)
         reason = f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"

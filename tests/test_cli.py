@@ -79,6 +79,14 @@ def test_a_stuck_cell_ends_at_its_timeout_and_is_named(
     assert "cell In [3], 'time.sleep(60)': CellTimeoutError" in capsys.readouterr().out
 
 
+def test_a_notebook_that_runs_out_of_memory_says_what_to_lower(
+    root: Path, make_notebook: NotebookMaker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_notebook("01_big", ["import torch", "raise torch.OutOfMemoryError('CUDA: 2 GiB')"])
+    assert cli.main(["run"], root=root) == 1
+    assert "OutOfMemoryError: CUDA: 2 GiB; take a smaller --model" in capsys.readouterr().out
+
+
 def test_a_dead_kernel_is_named(
     root: Path, make_notebook: NotebookMaker, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,19 +2,22 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import nbformat
 import pytest
 from conftest import write_notebook
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steerkit import cli
+from steerkit import cli, gatt
 from steerkit.results import write_json
 
 CLAIM = """from steerkit.results import figures_dir, save_claim
@@ -92,6 +95,28 @@ def test_a_kill_in_the_middle_of_writing_leaves_a_whole_file(tmp_path: Path) -> 
         os.waitpid(child, 0)
         found = json.loads(path.read_text())
         assert found["rows"] == [found["number"]] * rows
+
+
+def test_killed_sampling_goes_on_and_ends_with_the_same_file(
+    tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path: Path
+) -> None:
+    rngs = [random.Random(i) for i in range(8)]
+    plans = [gatt.make_plan(rng, gatt.draw(rng), turns=2) for rng in rngs]
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    sample = partial(gatt.sample, *tiny, plans, batch=1, max_new_tokens=8)
+    samples = sample(out=whole)
+    if not (child := os.fork()):
+        try:
+            sample(out=out)
+        finally:
+            os._exit(1)
+    while not out.exists() or out.read_bytes().count(b"\n") < 3:
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert len(out.read_bytes()) < len(whole.read_bytes()), "it had finished before the kill"
+    assert sample(out=out) == samples
+    assert out.read_bytes() == whole.read_bytes()
 
 
 @pytest.fixture

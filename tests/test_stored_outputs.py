@@ -202,6 +202,11 @@ SPOILS: list[tuple[Callable[[Any], Any], str]] = [
         "without caption or alt",
     ),
     (lambda n: n.cells[0].metadata.update(tags=[]), "0 cells tagged parameters"),
+    (lambda n: n.cells[1].metadata.update(tags=["parameters"]), "2 cells tagged parameters"),
+    (
+        lambda n: n.cells[0].update(source=PARAMETERS + '\nT: str = "a=b"  # text'),
+        "papermill cannot read all of it",
+    ),
     (lambda n: n.cells[0].update(source="PROFILE = 'cpu'"), "expected one `name: type"),
     (lambda n: n.cells[0].update(source=PARAMETERS.replace("cpu", "smoke", 1)), "is not cpu"),
     (lambda n: n.cells[1].metadata.update(tags=["injected-parameters"]), "injected parameters"),

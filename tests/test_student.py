@@ -102,10 +102,11 @@ def test_check_tells_wrong_open_right_and_tampered_apart(
     capsys.readouterr()
     assert cli.main(["check", str(path)], root=kit) == 1
     assert lines_of(capsys) == [
-        "Exercise 1: wrong: AssertionError: 41 is not 42",
-        "Exercise 2: not done yet",
-        "Exercise 3: right",
-        "Exercise 4: no verdict: its block `with exercise(...)` is gone",
+        str(path),
+        "  Exercise 1: wrong: AssertionError: 41 is not 42",
+        "  Exercise 2: not done yet",
+        "  Exercise 3: right",
+        "  Exercise 4: no verdict: its block `with exercise(...)` is gone",
     ]
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
@@ -114,11 +115,13 @@ def test_an_error_before_the_exercises_is_named(
     stored: NotebookNode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stored.cells[1].source = "1 / 0"
-    nbformat.write(stored, tmp_path / "01.ipynb")
-    assert cli.main(["check", str(tmp_path / "01.ipynb")], root=tmp_path) == 1
-    lines = lines_of(capsys)
+    paths = [str(tmp_path / name) for name in ("01.ipynb", "another.ipynb")]
+    for path in paths:
+        nbformat.write(stored, path)
+    assert cli.main(["check", *paths], root=tmp_path) == 1
     reason = "not reached: cell In [3], '1 / 0': ZeroDivisionError: division by zero"
-    assert lines == [f"Exercise {n}: {reason}" for n in (1, 2, 3)]
+    verdicts = [f"  Exercise {n}: {reason}" for n in (1, 2, 3)]
+    assert lines_of(capsys) == [paths[0], *verdicts, paths[1], *verdicts]
 
 
 def test_a_notebook_without_exercises_is_named(
