@@ -127,7 +127,8 @@ def make_plan(
     """A plan with questions by `ask`; with `probes` each instruction is asked for at a random turn.
 
     Once only: after that its answer stands in the history, and to copy it is easier than to
-    remember. Without constraints two that were never given are asked for; the reply must say so.
+    remember. And rather late, where it is hardest: the chance of a turn grows with its number.
+    Without constraints two that were never given are asked for; the reply must say so.
     """
     questions = [ask(rng, constraints) for _ in range(turns)]
     if constraints:
@@ -137,7 +138,11 @@ def make_plan(
         untold = [p for f in FAMILIES if (p := Constraint(f, "").probe)]
         asked = [Question(p.question, "", "", p.untold) for p in rng.sample(untold, 2)]
         told = ""
-    at = rng.sample(range(1, turns), min(len(asked), turns - 1)) if probes else []
+    if not probes:
+        return Plan(tuple(constraints), told, tuple(questions))
+    # Weighted, and none twice: Efraimidis and Spirakis, 2006.
+    by_chance = sorted(range(1, turns), key=lambda t: rng.random() ** (1 / t), reverse=True)
+    at = by_chance[: len(asked)]
     for turn, question in zip(at, asked, strict=False):
         questions[turn] = question
     return Plan(tuple(constraints), told, tuple(questions), tuple(sorted(at)))

@@ -147,6 +147,12 @@ def test_each_instruction_is_asked_for_once_and_never_in_the_first_message():
     assert gatt.make_plan(random.Random(0), [CHESS, FRENCH], turns=2, probes=True).probes == (1,)
 
 
+def test_late_turns_are_asked_at_in_proportion_to_their_number():
+    """Weights 1, 2, 3: the third turn after the first half of the time, to three sigmas."""
+    at = Counter(plan_of(seed, turns=4, probes=True).probes for seed in range(600))
+    assert [abs(at[(t,)] / 600 - t / 6) < 0.06 for t in (1, 2, 3)] == [True] * 3
+
+
 def test_what_was_never_told_is_asked_for_too_and_must_be_denied():
     plan = gatt.make_plan(random.Random(0), (), turns=9, probes=True)
     assert len(plan.probes) == 2
