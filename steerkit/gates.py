@@ -1,8 +1,8 @@
 """What an embedded model must be able to do before any experiment, on what it never saw."""
 
 import random
-from collections.abc import Iterator, Sequence
-from itertools import count
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steerkit.chat import Message, play, reply
+from steerkit.chat import Message, play, render, reply
 from steerkit.constraints import FAMILIES, HELD_OUT_PAIRS, Constraint, values
 from steerkit.results import bootstrap
+from steerkit.streameval import Fact
 from steerkit.streaming import recomputed_losses, token_losses
 from steerkit.world import (
     ATTRIBUTES,
@@ -27,8 +28,10 @@ from steerkit.world import (
     instruct,
     known_people,
     market,
+    note,
     repeat_question,
     say,
+    stranger,
 )
 
 Model = PreTrainedModel
@@ -189,6 +192,24 @@ def file_stream(
     return ids
 
 
+def book_stream(tokenizer: Tokenizer, tokens: int) -> list[int]:
+    """The first token, then PG19's first test books, `tokens` ids: needs the extra `data`, and a
+    network."""
+    from datasets import load_dataset
+
+    books = islice(load_dataset("emozilla/pg19", split="test", streaming=True), 9)
+    return text_stream(tokenizer, "\n".join(book["text"] for book in books), tokens)
+
+
+def note_fact(_: int, rng: random.Random) -> Fact:
+    """For `eval_stream`: a note about a stranger, and a question that only this note answers."""
+    who, what = stranger(rng), rng.choice(ATTRIBUTES)
+    start, end = answer(who.name, what, who.facts[what]).split(f" {who.facts[what]}")
+    question = render([Message("user", ask(rng, who.name, what))]) + "<|assistant|>" + start
+    line = render(note(who.name, what, who.facts[what]))
+    return Fact(line, question, f" {who.facts[what]}", f"{end}<|end|>")
+
+
 def stream_losses(
     model: Model, ids: Tensor, *, length: int, sinks: int = 4, points: int = 256
 ) -> dict[str, float]:
@@ -228,6 +249,28 @@ def market_stream(tokenizer: Tokenizer, tokens: int, *, seed: str = "held-out ma
     """The first token, then market chatter without end, `tokens` ids."""
     rng = random.Random(seed)
     return _endless(tokenizer, (market(rng) for _ in count()), tokens)
+
+
+def talk(tokenizer: Tokenizer) -> tuple[str, Callable[..., list[int]]]:
+    """What endless talk is about: dialogue for a chat model, the market for any other."""
+    return ("dialogue", dialogue_stream) if tokenizer.chat_template else ("market", market_stream)
+
+
+def two_streams(
+    tokenizer: Tokenizer, tokens: int, *, least: int = 2, text: str = "", books: bool = False
+) -> dict[str, Tensor]:
+    """Two streams that no training saw, ids (1,T) by title, `least` to `tokens` tokens each.
+
+    Real text (the file `text`, else PG19's `books` or held-out English) and endless talk.
+    """
+    if text:
+        real, ids = "text", file_stream(tokenizer, text, tokens, least=least)
+    elif books:
+        real, ids = "PG19", book_stream(tokenizer, tokens)
+    else:
+        real, ids = "English", english_stream(tokenizer, max(tokens, least))
+    title, endless = talk(tokenizer)
+    return {real: torch.tensor([ids]), title: torch.tensor([endless(tokenizer, len(ids))])}
 
 
 def _endless(tokenizer: Tokenizer, texts: Iterator[str], tokens: int) -> list[int]:
@@ -277,9 +320,7 @@ def measure_streams(
     """
     first, *rest = english_stream(tokenizer, tokens)
     train = torch.tensor(tokenizer("\n\n".join(english()), add_special_tokens=False)["input_ids"])
-    kind, other = (
-        ("dialogue", dialogue_stream) if tokenizer.chat_template else ("market", market_stream)
-    )
+    kind, other = talk(tokenizer)
     streams = {"English": [first, *rest], kind: other(tokenizer, tokens)}
     return {
         "English perplexity": english_perplexity(model, tokenizer, length=length, tokens=tokens),

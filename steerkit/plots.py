@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from steerkit.results import bootstrap, write_bytes, write_json
 from steerkit.turns import Turn
@@ -301,17 +302,21 @@ def curves(
     bands: Mapping[str, tuple[Any, Any]] | None = None,
     logx: bool = False,
     logy: bool = False,
+    grey: Collection[str] = (),
 ) -> Axes:
     """One line per entry of `ys`, each (N,) over x (N,); `bands`: (low, high) by the same names.
 
-    Units belong in the labels. With more than 40 points the markers thin out to about 12.
+    Units belong in the labels. With more than 40 points the markers thin out to about 12. Those
+    named in `grey` (a paper's) stand back.
     """
     x = np.asarray(x)
     for name, y in ys.items():
         y = np.asarray(y, dtype=float)
         if y.shape != x.shape:
             raise ValueError(f"curve {name!r} has shape {y.shape}, x has {x.shape}")
-        (line,) = ax.plot(x, y, label=name, markevery=1 if len(x) <= 40 else len(x) // 12)
+        back = {"color": "0.6", "linewidth": 1, "zorder": 1} if name in grey else {}
+        every = 1 if len(x) <= 40 else len(x) // 12
+        (line,) = ax.plot(x, y, label=name, markevery=every, **back)
         if bands and name in bands:
             low, high = (np.asarray(b, dtype=float) for b in bands[name])
             ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -319,6 +324,49 @@ def curves(
     ax.set_xscale("log" if logx else "linear")
     ax.set_yscale("log" if logy else "linear")
     ax.legend()
+    return ax
+
+
+def loss_panels(
+    axes: Sequence[Axes],
+    streams: Mapping[str, Mapping[str, Tensor]],
+    *,
+    edges: Sequence[int],
+    trained: int,
+) -> dict[str, Any]:
+    """One panel per stream, {title: {setting: losses (T,) in nats}}: means in bins of positions.
+
+    Bins reach from one of `edges` to the next, a line marks the `trained` length, and NaN (a loss
+    not computed) is left out. Returns the means drawn and, as "position", the bins' middles.
+    """
+    drawn: dict[str, Any] = {"position": [(a * b) ** 0.5 for a, b in pairwise(edges)]}
+    for ax, (title, rows) in zip(axes, streams.items(), strict=True):
+        drawn[title] = {k: [x[a:b].nanmean() for a, b in pairwise(edges)] for k, x in rows.items()}
+        labels = {"xlabel": "position (tokens)", "ylabel": "loss (nats per token)"}
+        curves(ax, drawn["position"], drawn[title], logx=True, **labels)
+        ax.axvline(trained, color="0.4", linewidth=1, linestyle="-", marker="")
+        ax.set_title(title)
+        ax.get_legend().remove()
+    lines = axes[0].get_legend_handles_labels()
+    axes[0].figure.legend(*lines, loc="outside right center")
+    return drawn
+
+
+def dots(
+    ax: Axes, table: Mapping[str, Mapping[str, float]], *, xlabel: str, grey: Collection[str] = ()
+) -> Axes:
+    """One row per setting, the first at the top, and one marker per column {title: {setting: x}}.
+
+    Columns named in `grey` (a paper's) stand back.
+    """
+    for n, (title, row) in enumerate(table.items()):
+        colour = "0.6" if title in grey else COLOURS[n % len(COLOURS)]
+        style = {"linestyle": "", "marker": MARKERS[n % len(MARKERS)], "markersize": 8}
+        ax.plot(list(row.values()), list(row), color=colour, label=title, **style)
+    ax.invert_yaxis()
+    ax.set(xlabel=xlabel)
+    if len(table) > 1:
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 

@@ -69,13 +69,16 @@ def paper_result(key: str) -> dict[str, Any]:
 
 
 def bootstrap(
-    values: Tensor, *, resamples: int = 2000, seed: int = 0
+    values: Tensor, *, block: int = 1, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float, float] | tuple[Tensor, Tensor, Tensor]:
     """Mean and 95 % percentile interval over the first axis: (N,) -> floats, (N, ...) -> (...).
 
-    The first axis must hold independent things (dialogues, streams, seeds), not tokens of one text.
+    The first axis must hold independent things (dialogues, streams, seeds). For tokens of one text
+    take a `block` so long that blocks are: (T,) -> means of T // block blocks, NaN left out.
     """
     values = torch.as_tensor(values).double().cpu()
+    if block > 1:
+        values = values[: len(values) // block * block].unflatten(0, (-1, block)).nanmean(1)
     if values.ndim == 0 or len(values) < 2:
         raise ValueError(f"values of shape {tuple(values.shape)}: expected at least 2 along axis 0")
     draw = torch.Generator().manual_seed(seed)
@@ -93,20 +96,23 @@ def save_claim(
     name: str,
     *,
     claim: str,
-    paper: dict[str, Any] | None,
+    paper: dict[str, Any] | str | None = None,
     ours: dict[str, Any],
     holds: bool,
     n: int,
-    interval: tuple[float, float] | None,
+    interval: Sequence[float] | None = None,
     seeds: Sequence[int],
     profile: str,
     model: str,
 ) -> dict[str, Any]:
-    """Write out/<name>.claim.json and return it; `holds` is computed by the caller, never typed."""
+    """Write out/<name>.claim.json and return it; `holds` is computed by the caller, never typed.
+
+    `paper` is a published number, or its key for `paper_result`.
+    """
     _refuse_folders(name)
     row = {
         "claim": claim,
-        "paper": paper,
+        "paper": paper_result(paper) if isinstance(paper, str) else paper,
         "ours": ours,
         "n": n,
         "interval": interval,

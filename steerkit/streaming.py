@@ -5,7 +5,7 @@ Axes: B batch, T tokens of the stream, V vocabulary. Losses in nats.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,19 @@ from steerkit.timing import last_only
 _BATCH_TOKENS = 8192  # tokens per forward of re-computation
 
 
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood in nats: (B,n,V), (B,n) -> (B,n) float32."""
+    return F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), reduction="none"
+    ).view_as(targets)
+
+
+def next_token_hit(logits: Tensor, targets: Tensor) -> Tensor:
+    """Whether greedy decoding would say the target: (B,n,V), (B,n) -> (B,n) boolean."""
+    return logits.argmax(-1) == targets
+
+
+@torch.no_grad()
 def token_losses(
     model: PreTrainedModel,
     ids: Tensor,
@@ -29,63 +42,45 @@ def token_losses(
     sinks: int = 4,
     window: int | None = None,
     block: int = 256,
+    cache: SinkCache | None = None,
+    score: Callable[[Tensor, Tensor], Tensor] = next_token_loss,
 ) -> Tensor:
     """Loss of each next token of a stream, ids (B,T) -> (B,T-1) float32 on the CPU (section 4.1).
 
     `window=None` is dense: all earlier tokens are kept, and memory grows. Otherwise a token sees
     the first `sinks` tokens, the `window` before it and itself, at positions inside the cache:
     StreamingLLM, or window attention with `sinks=0`; memory and precision do not depend on T.
-    Equal to one token per forward, whatever the `block` of tokens that one forward takes.
+    Equal to one token per forward, whatever the `block` of tokens that one forward takes. A `cache`
+    of one's own goes on where it stands. `score` may judge a prediction otherwise.
     """
-    return _scores(model, ids, sinks, window, block, next_token_loss)
-
-
-def token_hits(
-    model: PreTrainedModel,
-    ids: Tensor,
-    *,
-    sinks: int = 4,
-    window: int | None = None,
-    block: int = 256,
-) -> Tensor:
-    """Whether greedy decoding would say each next token: (B,T) -> (B,T-1) boolean on the CPU."""
-
-    def hit(logits: Tensor, targets: Tensor) -> Tensor:
-        return logits.argmax(-1) == targets
-
-    return _scores(model, ids, sinks, window, block, hit).bool()
-
-
-@torch.no_grad()
-def _scores(
-    model: PreTrainedModel,
-    ids: Tensor,
-    sinks: int,
-    window: int | None,
-    block: int,
-    score: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
-    """`score(logits (B,n,V), targets (B,n)) -> (B,n)` over the stream, `block` tokens a forward."""
     check_ids(model, ids)
     if block < 1:
         raise ValueError(f"block={block}: expected at least 1 token per forward (256 suits a CPU)")
-    T, streams = ids.shape[1], window is not None
-    if window is None:
+    T, streams = ids.shape[1], window is not None or cache is not None
+    if not streams:
         _refuse_length(model, T - 1)
-        cache: Cache = DynamicCache(config=model.config)
+        held: Cache = DynamicCache(config=model.config)
     else:
-        cache = SinkCache(model, sinks=sinks, window=window)
+        held = cache or SinkCache(model, sinks=sinks, window=window)
     out = torch.empty(ids.shape[0], T - 1)
     door = install(model) if streams else nullcontext()
     with door, progress(T - 1, unit="tokens") as update:
         for start in range(0, T - 1, block):
             piece = ids[:, start : start + block + 1].to(model.device)
-            inputs = {"input_ids": piece[:, :-1], "past_key_values": cache, "use_cache": True}
+            inputs = {"input_ids": piece[:, :-1], "past_key_values": held, "use_cache": True}
             with _memory(f"block={block}", "take a smaller block or window"):
                 logits = model(**inputs).logits
             out[:, start : start + block] = score(logits, piece[:, 1:])
             update(piece.shape[1] - 1)
     return out
+
+
+def token_hits(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
+    """Whether greedy decoding would say each next token: (B,T) -> (B,T-1) boolean on the CPU.
+
+    Options as in `token_losses`.
+    """
+    return token_losses(model, ids, score=next_token_hit, **options).bool()
 
 
 @torch.no_grad()
@@ -177,13 +172,6 @@ def _memory(what: str, remedy: str) -> Iterator[None]:
         ) from error
 
 
-def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood in nats: (B,n,V), (B,n) -> (B,n) float32."""
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), reduction="none"
-    ).view_as(targets)
-
-
 def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
     """A stream is (B,T) token ids of this vocabulary, T >= 2. Raises ValueError."""
     if not isinstance(ids, Tensor):
@@ -204,6 +192,29 @@ def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
         raise ValueError(
             f"ids from {low} to {high}: the model's vocabulary is 0 .. {vocabulary - 1}"
         )
+
+
+@torch.no_grad()
+def window_drift(model: PreTrainedModel, ids: Tensor, *, length: int, every: int = 100) -> Tensor:
+    """How far window attention's states are from a fresh forward's over the same `length` tokens.
+
+    ids (1,T) -> (T // every, L+1): for the last of each `every` tokens, after each layer (0: the
+    embedding), relative to the norm. It is why re-computation is another method, and better.
+    """
+    check_ids(model, ids)
+    if not 2 <= length <= every <= ids.shape[1]:
+        raise ValueError(
+            f"length={length}, every={every}: expected 2 <= length <= every <= {ids.shape[1]}"
+        )
+    cache, rows = SinkCache(model, sinks=0, window=length - 1), []
+    for end in range(every, ids.shape[1] + 1, every):
+        piece = ids[:, end - every : end].to(model.device)
+        model(piece[:, :-1], past_key_values=cache)
+        kept = model(piece[:, -1:], past_key_values=cache, output_hidden_states=True).hidden_states
+        fresh = model(piece[:, -length:], output_hidden_states=True).hidden_states
+        pairs = ((a[0, -1].float(), b[0, -1].float()) for a, b in zip(kept, fresh, strict=True))
+        rows.append(torch.stack([(a - b).norm() / b.norm() for a, b in pairs]))
+    return torch.stack(rows).cpu()
 
 
 def _refuse_length(model: PreTrainedModel, tokens: int) -> None:

@@ -1,13 +1,19 @@
 """The gates measure what they say, and the shipped cards say what was measured."""
 
 import json
+import random
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from steerkit import gates
 from steerkit.card import card, chat_gates, stream_gates
 from steerkit.models import DATA, embedded
+
+BOOKS = [{"text": text} for text in ("One dog.", "Two cats.", "Three birds.")]
 
 
 def test_a_bigram_model_knows_a_text_that_alternates():
@@ -34,6 +40,36 @@ def test_streams_begin_with_the_first_token_and_have_the_asked_length(tiny):
 def test_more_held_out_english_than_there_is_gets_one_clear_error(tiny):
     with pytest.raises(ValueError, match=r"tokens=10000000: the held-out English has \d+; ask"):
         gates.english_stream(tiny[1], 10**7)
+
+
+def test_books_begin_with_the_first_token_and_have_the_asked_length(tiny, monkeypatch):
+    asked = []
+    books = SimpleNamespace(load_dataset=lambda *a, **k: asked.append((a, k)) or BOOKS)
+    monkeypatch.setitem(sys.modules, "datasets", books)
+    ids = gates.book_stream(tiny[1], 9)
+    assert ids == gates.text_stream(tiny[1], "One dog.\nTwo cats.\nThree", 9)
+    assert asked == [(("emozilla/pg19",), {"split": "test", "streaming": True})]
+
+
+def test_two_streams_are_real_text_and_talk_of_one_length(tiny, tmp_path):
+    plain = AutoTokenizer.from_pretrained(DATA / "tiny-stream")
+    (tmp_path / "log.txt").write_text("One dog. " * 50)
+    for tokenizer, title in ((tiny[1], "dialogue"), (plain, "market")):
+        talk = {"dialogue": gates.dialogue_stream, "market": gates.market_stream}[title]
+        for text, real, n in ((tmp_path / "log.txt", "text", 40), ("", "English", 60)):
+            found = gates.two_streams(tokenizer, 40, least=n, text=str(text))
+            assert list(found) == [real, title]
+            assert [row.shape for row in found.values()] == [(1, n), (1, n)]
+            assert found[title][0].tolist() == talk(tokenizer, n)
+
+
+def test_only_its_note_answers_a_question_about_a_stranger():
+    for seed in range(50):
+        fact = gates.note_fact(0, random.Random(seed))
+        value, said = fact.answer.strip(), fact.question.rsplit("<|assistant|>")[1]
+        assert value in fact.line and value not in fact.question
+        assert said + fact.answer + fact.end.removesuffix("<|end|>") in fact.line  # the same words
+        assert said.split()[:2] == fact.line.split("Note: ")[1].split()[:2]  # the same person
 
 
 def test_the_embedded_model_obeys_the_instruction_it_has_just_read(tiny):

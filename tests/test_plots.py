@@ -136,6 +136,46 @@ def test_curves_draw_lines_bands_scales_and_legend() -> None:
     plt.close(fig)
 
 
+def test_what_is_grey_stands_behind_and_is_still_named() -> None:
+    fig, ax = plt.subplots()
+    ys = {"ours": [1.0, 2.0], "paper": [2.0, 1.0]}
+    plots.curves(ax, [0, 1], ys, xlabel="x", ylabel="y", grey=["paper"])
+    ours, paper = ax.lines
+    assert paper.get_color() == "0.6" and ours.get_color() != "0.6"
+    assert paper.get_zorder() < ours.get_zorder()
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["ours", "paper"]
+    plt.close(fig)
+
+
+def test_loss_panels_draw_means_of_what_was_computed_between_the_edges() -> None:
+    fig, axes = plt.subplots(1, 2)
+    losses = torch.tensor([1.0, 2.0, 3.0, 5.0, 9.0])
+    every_second = torch.tensor([torch.nan, 2.0, torch.nan, 5.0, torch.nan])
+    streams = {"a": {"all": losses, "some": every_second}, "b": {"all": losses, "some": losses}}
+    drawn = plots.loss_panels(axes, streams, edges=[1, 2, 4], trained=2)
+    assert drawn["position"] == [2**0.5, 8**0.5]
+    assert drawn["a"] == {"all": [2.0, 4.0], "some": [2.0, 5.0]}
+    assert [line.get_ydata().tolist() for line in axes[0].lines[:2]] == list(drawn["a"].values())
+    assert set(axes[1].lines[-1].get_xdata()) == {2} and axes[1].get_title() == "b"
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["all", "some"]
+    assert axes[0].get_xscale() == "log" and axes[0].get_legend() is None
+    plt.close(fig)
+
+
+def test_dots_stand_in_the_row_of_their_setting() -> None:
+    fig, ax = plt.subplots()
+    table = {"ours": {"window": 3.0, "dense": 5.0}, "paper": {"dense": 4.0, "window": 2.0}}
+    plots.dots(ax, table, xlabel="perplexity", grey=["paper"])
+    fig.canvas.draw()
+    rows = [t.get_text() for t in ax.get_yticklabels()]
+    found = [{rows[int(y)]: x for x, y in line.get_xydata()} for line in ax.lines]
+    assert found == [{"window": 3.0, "dense": 5.0}, {"window": 2.0, "dense": 4.0}]
+    assert [line.get_color() for line in ax.lines] == [plots.COLOURS[0], "0.6"]
+    assert ax.get_ylim()[0] > ax.get_ylim()[1] and rows[0] == "window"
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["ours", "paper"]
+    plt.close(fig)
+
+
 def test_loss_curve_reads_the_training_log() -> None:
     fig, ax = plt.subplots()
     plots.loss_curve(ax, [{"step": 50, "loss": 3.0}, {"step": 100, "loss": 2.0}])

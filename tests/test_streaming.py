@@ -31,7 +31,13 @@ from steerkit.streameval import (
     eval_hits,
     eval_stream,
 )
-from steerkit.streaming import recomputed_losses, stream_chat, token_hits, token_losses
+from steerkit.streaming import (
+    recomputed_losses,
+    stream_chat,
+    token_hits,
+    token_losses,
+    window_drift,
+)
 from steerkit.timing import decode_pace, interleaved
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
@@ -148,6 +154,30 @@ def test_memory_does_not_grow(llama: PreTrainedModel) -> None:
             sizes.append(cache.nbytes)
     assert len(set(sizes)) == 1
     assert sizes[0] == 2 * 4 * 2 * 8 * (25 + 25 + 4)  # layers, bytes, heads, D, slots
+
+
+def test_a_stream_goes_on_in_its_cache(llama: PreTrainedModel) -> None:
+    ids, cache = tokens(1, 121), SinkCache(llama, sinks=2, window=20)
+    pieces = [ids[:, a : a + 41] for a in range(0, 120, 40)]
+    parts = [token_losses(llama, piece, cache=cache) for piece in pieces]
+    assert gap(torch.cat(parts, 1), token_losses(llama, ids, sinks=2, window=20)) < 2e-5
+    assert cache.seen == 120
+
+
+def test_window_attention_drifts_from_a_fresh_forward_after_the_first_layer(
+    llama: PreTrainedModel,
+) -> None:
+    ids = tokens(1, 90)
+    drift = window_drift(llama, ids, length=12, every=30)
+    assert drift.shape == (3, 3) and drift[:, :2].max() < 1e-5 < drift[:, 2].min()
+    cache = SinkCache(llama, sinks=0, window=11)
+    with torch.no_grad():
+        states = [
+            llama(t, past_key_values=cache, output_hidden_states=True) for t in ids.split(1, 1)
+        ]
+        last = llama(ids[:, -12:], output_hidden_states=True).hidden_states[2][0, -1]
+    off = (states[-1].hidden_states[2][0, -1] - last).norm() / last.norm()
+    assert drift[2, 2] == pytest.approx(off.item(), rel=1e-3)
 
 
 def test_a_zero_sink_model_streams(llama: PreTrainedModel) -> None:
