@@ -1,5 +1,6 @@
 """Each committed notebook runs in the smoke profile and leaves what it promises on disk."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -63,6 +64,21 @@ def test_the_first_notebook_leads_to_all_others() -> None:
     others = [name.stem for name in NOTEBOOKS[1:]]
     assert [name for name in others if f"`{name}`" not in path] == []
     assert set(re.findall(r"`(\d\d_\w+)`", path)) == set(others)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_gpu_profile_takes_a_model_and_has_its_own_sizes(path: Path) -> None:
+    values = runner.overrides(path, profile="gpu", model="org/name")
+    assert values["PROFILE"] == "gpu" and values.get("MODEL", "org/name") == "org/name"
+    sources = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    tables = [
+        {key.value for key in node.keys if isinstance(key, ast.Constant)}
+        for source in sources
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Dict)
+    ]
+    by_profile = [keys for keys in tables if keys & {"smoke", "cpu"}]
+    assert by_profile and all(keys == {"smoke", "cpu", "gpu"} for keys in by_profile)
 
 
 def test_it_runs_to_the_end_in_time(run: Run) -> None:
