@@ -259,16 +259,17 @@ def talk(tokenizer: Tokenizer) -> tuple[str, Callable[..., list[int]]]:
 def two_streams(
     tokenizer: Tokenizer, tokens: int, *, least: int = 2, text: str = "", books: bool = False
 ) -> dict[str, Tensor]:
-    """Two streams that no training saw, ids (1,T) by title, `least` to `tokens` tokens each.
+    """Two streams that no training saw, ids (1,T) by title: real text and as much endless talk.
 
-    Real text (the file `text`, else PG19's `books` or held-out English) and endless talk.
+    `tokens` of the file `text`, of PG19's `books` or of held-out English; never fewer than `least`.
     """
+    tokens = max(tokens, least)
     if text:
         real, ids = "text", file_stream(tokenizer, text, tokens, least=least)
     elif books:
         real, ids = "PG19", book_stream(tokenizer, tokens)
     else:
-        real, ids = "English", english_stream(tokenizer, max(tokens, least))
+        real, ids = "English", english_stream(tokenizer, tokens)
     title, endless = talk(tokenizer)
     return {real: torch.tensor([ids]), title: torch.tensor([endless(tokenizer, len(ids))])}
 

@@ -56,7 +56,7 @@ def test_two_streams_are_real_text_and_talk_of_one_length(tiny, tmp_path):
     (tmp_path / "log.txt").write_text("One dog. " * 50)
     for tokenizer, title in ((tiny[1], "dialogue"), (plain, "market")):
         talk = {"dialogue": gates.dialogue_stream, "market": gates.market_stream}[title]
-        for text, real, n in ((tmp_path / "log.txt", "text", 40), ("", "English", 60)):
+        for text, real, n in ((tmp_path / "log.txt", "text", 70), ("", "English", 60)):
             found = gates.two_streams(tokenizer, 40, least=n, text=str(text))
             assert list(found) == [real, title]
             assert [row.shape for row in found.values()] == [(1, n), (1, n)]
