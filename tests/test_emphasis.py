@@ -1,6 +1,5 @@
 """PASTA equals literal reweighting, everywhere: each oracle here multiplies weights, not scores."""
 
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -76,6 +75,18 @@ def close(ours: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.fixture(params=["row", "dimension"])
+def carried(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The biases of a prompt reach the kernel as a row beside its mask, or as a dimension more."""
+    if request.param == "dimension":
+        no_row(monkeypatch)
+
+
+def no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on any device but a CPU."""
+    monkeypatch.setattr("steerkit.key_bias._KERNEL", None)
+
+
 @torch.no_grad()
 def without_cache(
     model: PreTrainedModel,
@@ -108,6 +119,7 @@ def check_generated(
 
 
 @pytest.mark.parametrize("name", SERVED)
+@pytest.mark.usefixtures("carried")
 @torch.no_grad()
 def test_prefill_and_decode_equal_literal_reweighting(name: str) -> None:
     model, ids = tiny(name), tokens(2, 40)
@@ -135,6 +147,7 @@ def official() -> tuple[PreTrainedModel, dict[str, np.ndarray], dict[str, tuple[
 
 
 @pytest.mark.parametrize("case", ["few", "all", "mild"])
+@pytest.mark.usefixtures("carried")
 @torch.no_grad()
 def test_logits_and_greedy_tokens_equal_the_official_code_s(case: str, official: tuple) -> None:
     model, recorded, cases = official
@@ -148,6 +161,7 @@ def test_logits_and_greedy_tokens_equal_the_official_code_s(case: str, official:
     assert torch.equal(made, torch.from_numpy(recorded[f"gen_{case}"]))
 
 
+@pytest.mark.usefixtures("carried")
 @torch.no_grad()
 def test_left_padding_equals_the_official_code_s(official: tuple) -> None:
     model, recorded, cases = official
@@ -196,6 +210,7 @@ def test_steering_changes_only_what_comes_after_a_key_outside_the_span(
 def test_the_causal_kernel_and_grouped_queries_stay_and_decode_takes_one_row(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    no_row(monkeypatch)
     calls, stock = [], F.scaled_dot_product_attention
 
     def spy(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
@@ -218,6 +233,26 @@ def test_the_causal_kernel_and_grouped_queries_stay_and_decode_takes_one_row(
     ]
 
 
+@torch.no_grad()
+def test_on_a_cpu_the_kernel_takes_the_biases_as_a_row(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, ids = [], tokens(2, 40)
+
+    def spy(*tensors: object, attn_mask: Tensor, scale: float) -> tuple[Tensor, ...]:
+        rows.append(tuple(attn_mask.shape))
+        return kernel(*tensors, attn_mask=attn_mask, scale=scale)
+
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    monkeypatch.setattr("steerkit.key_bias._KERNEL", spy)
+    with emphasise(llama, SPANS, [Head(1, 2)]):
+        llama(ids)
+        assert rows == [(2, 4, 1, 40)]
+        with torch.enable_grad():  # the kernel has no gradient for its mask
+            llama(ids)
+    assert rows == [(2, 4, 1, 40)]
+
+
 class Largest(TorchDispatchMode):
     """Numbers in the largest tensor that any operation makes."""
 
@@ -233,6 +268,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.usefixtures("carried")
 @torch.no_grad()
 def test_nothing_of_the_size_of_the_weights_is_made(llama: PreTrainedModel) -> None:
     T = 1024
@@ -241,6 +277,7 @@ def test_nothing_of_the_size_of_the_weights_is_made(llama: PreTrainedModel) -> N
     assert T * 8 < largest.numbers < T * T / 8
 
 
+@pytest.mark.usefixtures("carried")
 @torch.no_grad()
 def test_half_precision_carries_log_alpha_through_prefill() -> None:
     # Keys outside score 13.75, keys inside 0: log(alpha) = -13.78125 balances them. Rounded to one
@@ -262,6 +299,7 @@ def test_half_precision_carries_log_alpha_through_prefill() -> None:
 def test_head_sizes_for_accelerators_compute_the_same(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    no_row(monkeypatch)
     ids, widths = tokens(2, 40), []
     stock = F.scaled_dot_product_attention
 
@@ -636,14 +674,3 @@ def test_bad_input_is_one_clear_error(
 
 def test_a_head_is_named_by_layer_and_query_head() -> None:
     assert str(Head(3, 7)) == "L3H7"
-
-
-def test_the_benchmark_runs() -> None:
-    path = Path(__file__).parent.parent / "benchmarks" / "pasta.py"
-    spec = importlib.util.spec_from_file_location("benchmark_pasta", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    rows = benchmark.measure(quick=True, layers=1, width=32, kv_heads=4)
-    assert all(len(row) == 4 for row in rows)
-    goals = ["< 1e-4", *["<= 1.10x"] * 4, "flat"]
-    assert [row[1] for row in rows if row[1]] == goals
