@@ -43,7 +43,7 @@ class Constraint(NamedTuple):
 
     def texts(self) -> list[str]:
         """All ways to say it; the last one is the short form ("Language: French.")."""
-        forms = _TABLES[self.table]["instructions"][self.family]
+        forms = _table_of(self.family, self.table)["instructions"][self.family]
         return [form.format(v=self.value) for form in [*forms["long"], forms["short"]]]
 
     @property
@@ -59,12 +59,13 @@ class Constraint(NamedTuple):
     @property
     def probe(self) -> Probe | None:
         """The question about this instruction; None for families without one."""
-        texts = _TABLES[self.table]["probes"].get(self.family)
+        texts = _table_of(self.family, self.table)["probes"].get(self.family)
         return None if texts is None else Probe(texts[0], texts[1].format(v=self.value), texts[2])
 
     def obeyed(self, reply: str) -> bool:
         """Does the reply satisfy the instruction?"""
-        verifiers = VERIFIERS if self.table == "world" else REAL_VERIFIERS
+        real = _table_of(self.family, self.table) is REAL
+        verifiers = REAL_VERIFIERS if real else VERIFIERS
         return verifiers[self.family](reply.strip(), self.value)
 
     def recalled(self, reply: str) -> bool:
@@ -72,9 +73,19 @@ class Constraint(NamedTuple):
         return re.search(rf"(?<!\w){re.escape(self.value)}(?!\w)", reply, re.IGNORECASE) is not None
 
 
+def _table_of(family: str, table: str) -> dict:
+    """The table; ValueError if there is no such table, or no such family in it."""
+    if table not in _TABLES:
+        raise ValueError(f'table="{table}": expected {" or ".join(_TABLES)}')
+    known = _TABLES[table]["instructions"]
+    if family not in known:
+        raise ValueError(f'"{family}" is no family of table "{table}": {", ".join(known)}')
+    return _TABLES[table]
+
+
 def values(family: str, table: str = "world") -> list[str]:
     """Every value of a family."""
-    if table == "real":
+    if _table_of(family, table) is REAL:
         return REAL["values"].get(family, [""])
     tables = {"language": [x for x in TABLES["languages"] if x != "English"]}
     tables |= {"figure": TABLES["figures"], "hobby": TABLES["hobbies"]}

@@ -18,6 +18,7 @@ from steerkit.constraints import (
     parse_list,
     values,
 )
+from steerkit.gatt import split_values
 
 FRENCH = "Le ciel est bleu et la mer est calme, mais il ne faut pas oublier un parapluie."
 OBEYING = {
@@ -162,3 +163,22 @@ def test_an_exclusive_pair_really_excludes():
 )
 def test_a_list_is_read_in_any_of_the_usual_forms(text):
     assert [x for x in parse_list(text) if x != "Sure"] == ["Chess", "Rock climbing", "chess"]
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda: values("nope"),
+        lambda: split_values("nope"),
+        lambda: Constraint("nope", "x").texts(),
+        lambda: Constraint("nope", "x").probe,
+        lambda: Constraint("nope", "x").obeyed("Hi."),
+        lambda: values("haiku"),  # of the other table
+        lambda: Constraint("hobby", "x", "nowhere").obeyed("Hi."),
+    ],
+)
+def test_an_unknown_family_or_table_is_named_with_the_known_ones(use):
+    with pytest.raises(ValueError, match=r"is no family of table|expected world or real") as caught:
+        use()
+    assert "\n" not in str(caught.value)
+    assert "hobby" in str(caught.value) or "world" in str(caught.value)
