@@ -1,24 +1,21 @@
-"""Numbers typed in the README and in notebooks' first tables are those of the committed results."""
+"""The README's numbers, and those of notebooks' first tables, are the committed results'; its code
+runs."""
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 from steerkit.results import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FIGURES = ROOT / "figures" / "cpu"
 
 
-def claim(notebook: str, name: str) -> dict:
-    return json.loads((FIGURES / notebook / f"{name}.claim.json").read_text())
-
-
-def row(notebook: str) -> str:
-    """The README's table row of one notebook."""
-    return next(line for line in README.splitlines() if line.startswith(f"| [{notebook}]"))
+GENERATOR = runpy.run_path(str(ROOT / "docs" / "readme.py"))
+claim = GENERATOR["claim"]
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)\)", README))))
@@ -26,70 +23,61 @@ def test_every_relative_link_leads_to_a_file(target: str) -> None:
     assert (ROOT / target).exists()
 
 
-@pytest.mark.parametrize("notebook", sorted(p.stem for p in (ROOT / "notebooks").glob("*.ipynb")))
-def test_every_notebook_has_a_row_with_its_measured_time(notebook: str) -> None:
-    seconds = json.loads((FIGURES / notebook / "run.json").read_text())["seconds"]
-    assert f"| {round(seconds)} s |" in row(notebook)
+def test_the_numbers_are_those_of_the_results() -> None:
+    assert GENERATOR["render"](README) == README, "run `make readme`"
 
 
-def test_forgetting_is_the_measured_one() -> None:
-    ours = claim("00_start_here", "forgetting")["ours"]
-    assert f"replies 1 / 3: {ours['reply 1']:.0%} / {ours['reply 3']:.0%}" in row("00_start_here")
+def test_other_results_make_another_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row shows a number of its own results."""
+    render, scope = GENERATOR["render"], GENERATOR["render"].__globals__
+    read, seen = scope["read"], []
+
+    def other(path: str | Path) -> dict:
+        seen.append(str(path).removeprefix(f"{ROOT}/"))
+        return changed(read(path))
+
+    monkeypatch.setitem(scope, "read", other)
+    before, after = numbers(README), numbers(render(README))
+    assert len(before) == len(after) > 2 * len(list((ROOT / "notebooks").glob("*.ipynb")))
+    assert not set(before) & set(after)
+    assert {path.split("/")[0] for path in seen} == {"figures", "benchmarks"}
 
 
-def test_the_learnable_sink_is_the_measured_one() -> None:
-    ours = claim("05_sink_from_scratch", "table3_learnable_sink")["ours"]
-    assert f"0+64 / 1+63: {ours['0+64']:.0f} / {ours['1+63']:.1f}" in row("05_sink_from_scratch")
+def numbers(text: str) -> list[tuple[str, str]]:
+    """(row, cell) of all that is measured in the two tables."""
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    notebooks = [(row[0], cell) for row in rows if row[0].startswith("| [0") for cell in row[3:5]]
+    return notebooks + [(row[1], row[2]) for row in rows if row[0].startswith("| attention_map")]
 
 
-def test_streaming_losses_are_the_measured_ones() -> None:
-    for stream in ("English", "market"):
-        for setting in ("dense", "window", "re-computation"):
-            (nats,) = claim("04_streaming_llm", f"{stream}_{setting}")["ours"].values()
-            assert f"{setting} {nats:+.2f}" in row("04_streaming_llm")
+def changed(value: object) -> object:
+    """Numbers one larger, claims turned round."""
+    if isinstance(value, dict):
+        return {key: "other" if key == "shown" else changed(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [changed(part) for part in value]
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, (int, float)) else value
 
 
-def test_gatt_is_the_measured_one() -> None:
-    texts = {"table30_baseline": "base", "table30_gatt": "GAtt", "lasts_seen": "seen values"}
-    for name, text in (texts | {"lasts_held_out": "held-out values"}).items():
-        ours = claim("01_gatt_training", name)["ours"]
-        factor = 100 if name.startswith("lasts") else 1
-        numbers = " / ".join(f"{factor * ours[turn]:.0f}" for turn in ("2", "4", "6", "20"))
-        assert f"{text} {numbers}" in row("01_gatt_training")
-
-
-def test_weights_on_the_instruction_are_the_measured_ones() -> None:
-    for text in ("follow", "forget"):
-        ours = claim("02_attention_heatmaps", f"late_turns_{text}{'t' * (text[-1] == 't')}ing")[
-            "ours"
-        ]
-        numbers = f"{ours['base']:.2f} / {ours['GAtt']:.2f} on replies that {text}"
-        assert numbers in row("02_attention_heatmaps")
-
-
-def test_steered_tasks_are_the_measured_ones() -> None:
-    tasks = {"JSON": "json", "Pronouns": "pronouns", "BiasBios": "biasbios"}
-    for label, name in (tasks | {"CounterFact": "counterfact"}).items():
-        ours = claim("03_pasta_head_search", name)["ours"]
-        steered = ours["task-specific"]
-        numbers = f"{label} {steered - ours['gain']:.0%} / {steered:.0%}"
-        assert numbers in row("03_pasta_head_search")
-
-
-def test_every_claim_that_does_not_hold_is_named() -> None:
-    failed = [
-        json.loads(path.read_text())["claim"]
-        for path in sorted(Path(FIGURES).glob("*/*.claim.json"))
-        if not json.loads(path.read_text())["holds"]
-    ]
-    words = " ".join(README.split())
-    assert [text for text in failed if text not in words] == []
-
-
-def test_the_minutes_of_all_notebooks_are_the_sum() -> None:
-    files = (FIGURES / p.stem / "run.json" for p in (ROOT / "notebooks").glob("*.ipynb"))
-    seconds = sum(json.loads(file.read_text())["seconds"] for file in files)
-    assert f"take {seconds / 60:.0f} minutes in all" in README
+def test_the_ten_lines_run_on_the_embedded_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: tuple
+) -> None:
+    """The code block as it stands, on a book of 2,000 words."""
+    (code,) = re.findall(r"## Your own model.*?```python\n(.+?)```", README, re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 11  # the import, and ten
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text("Ada is a baker. She lives in Oslo. " * 300)
+    scope: dict = {}
+    exec(code, scope)
+    ids, losses, out = (scope[name] for name in ("ids", "losses", "out"))
+    assert losses.shape == (1, ids.shape[1] - 1) and ids.shape[1] > 1024
+    assert torch.equal(out[:, :100], ids[:, :100]) and out.shape[1] <= 300
+    assert tiny[1].decode(scope["inputs"].input_ids[0][slice(*scope["span"])]).strip() == (
+        "Ada is a doctor"
+    )
+    assert scope["model"].config._attn_implementation == "sdpa"
 
 
 def first_table(notebook: str) -> str:
