@@ -23,6 +23,7 @@ from steerkit import (
     gates,
     heads,
     maps,
+    models,
     plots,
     recipe,
     recomputed_losses,
@@ -146,12 +147,28 @@ ROWS: list[Row] = [
     ("a recipe that is not there", lambda k: recipe.train("huge", k.folder),
      "name='huge': expected one of tiny, tiny-stream"),
     # Models
-    ("a typo", lambda k: steerkit.load("tiny-sream"), "no such embedded model"),
-    ("a path to nowhere", lambda k: steerkit.load("./nowhere"), "no such directory"),
+    *(
+        (f"a model {name}", lambda k, name=name: steerkit.load(name), message)
+        for name, message in (
+            ("tiny-sream", "no such embedded model"),
+            ("tinny", "not an embedded model"),
+            ("./nowhere", "no such directory"),
+            ("/nowhere/at/all", "no such directory"),
+            ("somebody/unknown-model", "check the spelling, or the network"),
+        )
+    ),
     ("an empty folder", lambda k: steerkit.load(k.folder), r"no config\.json"),
-    ("cuda:99", lambda k: steerkit.load("tiny", device="cuda:99"), 'device="cuda:99": '),
-    ("a device", lambda k: steerkit.load("tiny", device="gpu"), 'device="gpu"'),
-    ("a dtype", lambda k: steerkit.load("tiny", dtype="int4"), '"int4": expected "auto"'),
+    *(
+        (f"a device {name}", lambda k, name=name: steerkit.load("tiny", device=name),
+         f'device="{name}": ')
+        for name in ("cuda:99", "gpu", "cpu:x")
+    ),
+    *(
+        (f"a dtype {name}", lambda k, name=name: steerkit.load("tiny", dtype=name),
+         f'dtype="{name}": expected "auto"')
+        for name in ("float31", "int8", "Tensor")
+    ),
+    ("a model to size", lambda k: models.config_of("./nowhere"), "no such directory"),
     # Attention
     ("a layer too high",
      lambda k: attention.attach(k.model, {6: lambda call: call.attend()}).__enter__(),
@@ -257,6 +274,8 @@ ROWS: list[Row] = [
     ),
     ("an unknown paper result", lambda k: results.paper_result("streaming.tabel1"),
      "tabel1.*is not in data/paper_results.json; near: .*streaming.table1", KeyError),
+    ("a value without an axis", lambda k: results.bootstrap(torch.tensor(1.0)),
+     r"shape \(\): expected at least 2"),
     ("one value", lambda k: results.bootstrap(torch.ones(1)), r"\(1,\): exp.* at least 2"),
     ("a data file", lambda k: results.data_file("x.json"), "runs from a clone", FileNotFoundError),
     # Recipes and trainings
