@@ -40,7 +40,7 @@ N = {"gatt": 22, "unseen families": 22}  # dialogues per family and split of one
 def settings_of(arm: str, seed: int) -> Settings:
     """DPO reads each dialogue eight times (two replies, two models, forth and back): fewer rows."""
     if arm == "dpo":
-        return replace(SETTINGS, lr=1e-3, steps=60, batch=4, seed=seed)
+        return replace(SETTINGS, lr=1e-3, steps=120, batch=4, sft_weight=1.0, seed=seed)
     return replace(SETTINGS, seed=seed)
 
 
