@@ -120,7 +120,7 @@ def recomputed_losses(
     ):  # the first windows are prefixes of one another: one causal forward has them all
         head = ids[:, :length].to(model.device)
         early = next_token_loss(model(input_ids=head[:, :-1], use_cache=False).logits, head[:, 1:])
-        losses[:, ~full] = early[:, wanted[~full]]
+        losses[:, ~full] = early.cpu()[:, wanted[~full]]
     if full.any():
         batch = max(1, _BATCH_TOKENS // length) if batch is None else batch
         front = torch.tensor(first, dtype=torch.long)
