@@ -5,32 +5,29 @@ thread, measured in turn.
 
 Plain is the model's own SDPA attention. "Full mask" adds log(alpha) to a (B,H,Q,K) mask made in
 every layer; "literal" is equation 2 of PASTA (2311.02262) on materialised weights, as the official
-library does it, on this package's door. One more dimension costs a CPU's kernel the more the
-narrower the heads, so prefill is measured at head size 32 and at 64. Machines shared with others
-make milliseconds drift; the ratios are medians of interleaved rounds, on the clock of the one
-thread.
+library does it, on this package's door. What steering costs a CPU's kernel depends on the size of
+the heads, so prefill is measured at 32 and at 64. Half of the heads of every layer are steered.
+Machines shared with others make milliseconds drift; the ratios are medians of interleaved rounds,
+on the clock of the one thread.
 """
 
-import argparse
 import math
-import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
+import table
 import torch
+from table import Row
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from steerkit.attention import Call, Edit, attach
 from steerkit.emphasis import Head, emphasise
-from steerkit.timing import columns, interleaved
+from steerkit.timing import interleaved
 
 ALPHA = 0.01
-Row = tuple[str, str, str, str]  # what, goal, measured, how
+LAYERS, HEADS, KV_HEADS, WIDTH = 4, 8, 8, 256  # heads of 32 numbers, and of 64 at twice the width
 
 
 def span_of(T: int) -> tuple[int, int]:
@@ -113,9 +110,9 @@ def ratios(
         rounds = repeats if goal else max(2, repeats // 3)
         pair = {key: steps[key] for key in ("plain", name)}
         seconds = interleaved(pair, repeats=rounds)
-        times = f"{1e3 * seconds['plain']:.2f} -> {1e3 * seconds[name]:.2f} ms"
-        ratio = f"{seconds[name] / seconds['plain']:.2f}x"
-        rows.append((f"{what}: {name} / plain", goal, ratio, times))
+        how = f"{1e3 * seconds['plain']:.2f} -> {1e3 * seconds[name]:.2f} ms"
+        ratio = seconds[name] / seconds["plain"]
+        rows.append(Row(f"{what}: {name} / plain", ratio, "{:.2f}x", goal, how))
     return rows
 
 
@@ -128,7 +125,9 @@ def prefill(
 ) -> list[Row]:
     with ways(make, T) as compared:
         run = compared.steps(lambda model: model(ids[:, :T], use_cache=False, logits_to_keep=1))
-        return ratios(f"prefill, {T} tokens", run, repeats * max(1, 2048 // T), only)
+        size = compared.models["plain"].config.head_dim
+        what = f"prefill, {T:,} tokens, heads of {size}"
+        return ratios(what, run, repeats * max(1, 2048 // T), only)
 
 
 def decode(make: Callable[[], PreTrainedModel], T: int, ids: Tensor, repeats: int) -> list[Row]:
@@ -138,7 +137,7 @@ def decode(make: Callable[[], PreTrainedModel], T: int, ids: Tensor, repeats: in
         for model, cache in caches.items():
             model(ids[:, :T], past_key_values=cache, logits_to_keep=1)
         run = compared.steps(lambda model: model(ids[:, :1], past_key_values=caches[model]))
-        return ratios(f"decode after {T} tokens", run, repeats)
+        return ratios(f"decode after {T:,} tokens", run, repeats)
 
 
 class Largest(TorchDispatchMode):
@@ -165,13 +164,12 @@ def memory(make: Callable[[], PreTrainedModel], lengths: list[int], ids: Tensor)
                 with Largest() as largest:
                     model.base_model(input_ids=ids[:, :T], use_cache=False)
                 found.setdefault(name, []).append(largest.numbers / T)
-    at = " / ".join(f"{T:,}" for T in lengths)
     rows = []
     for name, values in found.items():
-        goal = "flat" if name == "steered" else ""
-        flat = "flat" if max(values) <= 1.01 * min(values) else f"{values[-1] / values[0]:.1f}x"
-        listed = " / ".join(f"{value:,.0f}" for value in values)
-        rows.append((f"largest tensor, {at} tokens: {name}", goal, flat, f"{listed} per token"))
+        what = f"largest tensor per token, {lengths[0]:,} to {lengths[-1]:,} tokens: {name}"
+        how = " -> ".join(f"{value:,.0f}" for value in values) + " numbers"
+        goal = "<= 1.01x" if name == "steered" else ""
+        rows.append(Row(what, values[-1] / values[0], "{:.2f}x", goal, how))
     return rows
 
 
@@ -182,24 +180,19 @@ def same_logits(make: Callable[[], PreTrainedModel], ids: Tensor) -> Row:
     gap = max((out["steered"] - out[name]).abs().max().item() for name in ("full mask", "literal"))
     moved = (out["steered"] - out["plain"]).abs().max().item()
     assert gap < 1e-4 < moved, f"the ways differ by {gap}, steering moves logits by {moved}"
-    return (
-        "largest difference in logits",
-        "< 1e-4",
-        f"{gap:.0e}",
-        f"steering moves them {moved:.1e}",
-    )
+    how = f"steering moves them {moved:.1e}"
+    return Row("largest difference in logits", gap, "{:.0e}", "< 1e-4", how)
 
 
-def maker(layers: int, width: int, kv_heads: int) -> Callable[[], PreTrainedModel]:
-    heads = max(8, kv_heads)
+def maker(width: int) -> Callable[[], PreTrainedModel]:
     config = LlamaConfig(
         vocab_size=2048,
         hidden_size=width,
         intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=width // heads,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=width // HEADS,
         max_position_embeddings=8192,
     )
 
@@ -211,37 +204,17 @@ def maker(layers: int, width: int, kv_heads: int) -> Callable[[], PreTrainedMode
 
 
 @torch.no_grad()
-def measure(quick: bool, layers: int, width: int, kv_heads: int) -> list[Row]:
-    make = maker(layers, width, kv_heads)
+def measure(quick: bool) -> Iterator[Row]:
+    make = maker(WIDTH)
     ids = torch.randint(2048, (1, 8192), generator=torch.Generator().manual_seed(0))
-    repeats = 1 if quick else 21
-    rows = [same_logits(make, ids)]
-    for T in (64, 128) if quick else (512, 2048):
-        rows += prefill(make, T, ids, repeats)
-        rows += decode(make, T, ids, 16 * repeats)
-    if not quick:
-        wide, size = maker(layers, 2 * width, kv_heads), 2 * width // max(8, kv_heads)
-        for T in (512, 2048):
-            row, *_ = prefill(wide, T, ids, repeats // 2, only=("steered",))
-            rows.append((f"head size {size}, {row[0]}", *row[1:]))
-    return rows + memory(make, [128, 256] if quick else [512, 1024, 2048], ids)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes, for the test suite")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--kv-heads", type=int, default=8, help="of 8; fewer share keys")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = measure(options.quick, options.layers, options.width, options.kv_heads)
-    print(
-        f"Llama, {options.layers} layers x {options.width}, 8 heads, {options.kv_heads} key/value "
-        "heads, half of the heads steered in every layer, float32, one CPU thread"
-    )
-    print(columns([("what", "goal", "measured", "how"), *rows]))
+    lengths, repeats = ((64, 128), 1) if quick else ((512, 2048), 21)
+    yield same_logits(make, ids)
+    for T in lengths:
+        yield from prefill(make, T, ids, repeats)
+        yield from prefill(maker(2 * WIDTH), T, ids, (repeats + 1) // 2, only=("steered",))
+        yield from decode(make, T, ids, 16 * repeats)
+    yield from memory(make, [128, 256] if quick else [512, 1024, 2048], ids)
 
 
 if __name__ == "__main__":
-    main()
+    table.run(measure, __doc__)

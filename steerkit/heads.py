@@ -156,6 +156,8 @@ def describe(model: PreTrainedModel, prompts: Sequence[Prompt], alpha: float) ->
     """What a table is about: changes when the model's weights, the prompts or alpha do."""
     crc = 0
     for tensor in model.state_dict().values():  # the ends of each tensor tell models apart
+        if tensor.is_meta:  # offloaded
+            continue
         ends = torch.cat([tensor.flatten()[:64], tensor.flatten()[-64:]]).float().cpu()
         crc = zlib.crc32(ends.numpy().tobytes(), crc)
     text = json.dumps([list(p) for p in prompts])
@@ -360,6 +362,20 @@ def common(tables: Sequence[HeadTable], size: int) -> tuple[list[Head], int]:
         raise ValueError(f"size={size}: expected 1 <= size <= {n} scored heads")
     k = next(k for k in range(1, n + 1) if len(intersection(tables, k)) >= size)
     return intersection(tables, k)[:size], k
+
+
+def choices(tables: Mapping[str, HeadTable], task: str, size: int) -> dict[str, list[Head]]:
+    """`size` heads for `task` as the paper chooses them, from the tables of several tasks.
+
+    "task-specific": its own best. "multi-task": the best of all tables together. "task-agnostic":
+    of all tables but its own.
+    """
+    others = [table for name, table in tables.items() if name != task]
+    return {
+        "task-agnostic": common(others, size)[0],
+        "multi-task": common(list(tables.values()), size)[0],
+        "task-specific": tables[task].top(size),
+    }
 
 
 def chance_overlap(n: int, k: int, tasks: int) -> float:

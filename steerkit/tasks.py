@@ -238,6 +238,16 @@ def few_shot(example: Example, shots: Sequence[Example]) -> Example:
     return _each(example, lambda m: _after(m, history))
 
 
+def prompted(examples: Sequence[Example], shots: Sequence[Example]) -> dict[str, list[Example]]:
+    """The examples by how they are asked, as in the paper's tables: no model is touched."""
+    return {
+        "zero-shot": list(examples),
+        "*-marked": [marked(e, "*") for e in examples],
+        '"-marked': [marked(e, '"') for e in examples],
+        "few-shot": [few_shot(e, shots) for e in examples],
+    }
+
+
 Messages = tuple[Message, ...]
 
 

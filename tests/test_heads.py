@@ -21,6 +21,7 @@ from steerkit.heads import (
     HeadTable,
     Prompt,
     chance_overlap,
+    choices,
     common,
     every_head,
     forced,
@@ -36,7 +37,7 @@ from steerkit.heads import (
     union,
     write_heads,
 )
-from steerkit.screening import bias_slopes, chosen, lost, screen_heads
+from steerkit.screening import bias_slopes, compared, lost, screen_heads
 from steerkit.task_data import TASKS
 from steerkit.tasks import prompts
 
@@ -370,6 +371,13 @@ def test_multi_task_heads_are_in_every_top_k_and_the_union_in_any():
         assert len(union(tables, k)) + len(intersection(tables, k)) == k * 2
 
 
+def test_heads_for_a_task_come_from_its_table_from_all_or_from_the_others():
+    found = choices({"a": A, "b": B}, "a", 2)
+    assert found["task-specific"] == A.top(2)
+    assert found["multi-task"] == common([A, B], 2)[0]
+    assert found["task-agnostic"] == B.top(2)
+
+
 def test_the_chance_line_is_the_mean_overlap_of_random_choices():
     assert chance_overlap(1024, 300, 4) == pytest.approx(7.54, abs=0.01)  # LLaMA-7B's 25 heads
     draws = 300
@@ -427,7 +435,7 @@ def test_the_screen_finds_what_the_whole_search_finds(tiny):
     torch.testing.assert_close(
         screen.table.scores[:, finalists], whole.scores[:, finalists], atol=1e-5, rtol=0
     )
-    assert set(chosen(screen, 2)) == set(whole.top(2))
+    assert set(screen.table.top(2)) == set(whole.top(2))
 
 
 def test_halving_doubles_the_prompts_until_all_are_met(monkeypatch):
@@ -454,6 +462,15 @@ def test_a_bad_screen_is_one_clear_error(llama, options, said):
 def test_lost_measures_what_a_worse_choice_costs():
     found = screen_of([Head(0, 0), Head(0, 3)])
     assert lost(found, A, 2) == {"found": 0.5, "regret": pytest.approx((4 + 3 - 4 - 1) / 2)}
+
+
+def test_what_is_compared_is_what_the_searches_return(llama):
+    some = some_prompts(3)
+    found = compared(llama, some, keep=2)
+    screen, exact = screen_heads(llama, some, keep=2), score_heads(llama, some)
+    assert {k: found[k] for k in ("found", "regret")} == pytest.approx(lost(screen, exact, 2))
+    assert found["off"] < 1e-5
+    assert min(found["exact"], found["screen"]) > 0
 
 
 def screen_of(heads):
