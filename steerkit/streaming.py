@@ -123,7 +123,7 @@ def recomputed_losses(
         losses[:, ~full] = early.cpu()[:, wanted[~full]]
     if full.any():
         batch = max(1, _BATCH_TOKENS // length) if batch is None else batch
-        front = torch.tensor(first, dtype=torch.long)
+        front = torch.tensor(first, dtype=torch.long, device=ids.device)
         losses[:, full] = _window_losses(model, ids, wanted[full], length, front, batch)
     return losses
 
