@@ -41,8 +41,9 @@ def instaboost(
 ) -> Iterator[None]:
     """InstABoost (2506.13734): weights on the instruction times `multiplier`, rows renormalised.
 
-    The paper's later version states it as a constant bias log(multiplier) on the instruction's
-    keys, in all layers and heads; it is the same operator.
+    As in the lines its authors publish: the attention pattern of every layer and head, times the
+    multiplier, divided by its sum. Their later version states a constant bias log(multiplier) on
+    the instruction's keys, which is the same operator.
     """
     if not 1 <= multiplier < math.inf:
         raise ValueError(f"multiplier={multiplier}: expected a number >= 1 (1 = no steering)")
@@ -58,7 +59,8 @@ def spotlight(
 
     Queries that put less than `target` of their weight on the spans get log(target / psi) added
     there, others nothing. After renormalising the share is target / (1 + target - psi): raised
-    towards the target, and below it. Our reading, from secondary descriptions of those equations.
+    towards the target, and below it. Those equations were read in an independent implementation's
+    account of them, bounds included, not in the paper itself.
     """
     if not 0 < target < 1:
         raise ValueError(f"target={target}: expected a share of the weight, 0 < target < 1")

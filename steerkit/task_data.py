@@ -231,8 +231,10 @@ def task_of(name: str) -> Task:
 
 # --- the real data -----------------------------------------------------------------------------
 
-# What the data sets call their columns; `columns` renames. Biographies as in Bias in Bios
-# (1901.09451), counterfactuals as in ROME (2202.05262).
+# What the data sets call their columns; `columns` renames. Biographies as the release of Bias in
+# Bios (1901.09451) holds them and PASTA's own evaluation reads them, counterfactuals as ROME's
+# (2202.05262). The hub's "LabHC/bias_in_bios" has hard_text, profession (a number) and gender: no
+# name, and without the first sentence, which is the span.
 COLUMNS: dict[str, dict[str, str]] = {
     "json": {"text": "raw", "occupation": "title", "name": "name"},
     "pronouns": {"text": "raw", "occupation": "title", "name": "name"},
@@ -264,6 +266,7 @@ def load_task(
         raise ValueError(
             f"{source}: no column {missing[0]!r} for task {name}, there are {sorted(rows[0])}; say "
             f'what it is called: columns={{"{_key(names, missing[0])}": "..."}}'
+            + (" (hard_text lacks the sentence that is the span)" if "hard_text" in rows[0] else "")
         )
     make = _REAL[name]
     given = [{key: row[column] for key, column in names.items()} for row in rows[:n]]

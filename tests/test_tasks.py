@@ -28,6 +28,7 @@ from steerkit.tasks import (
     json_value_paper,
     kept,
     marked,
+    prompted,
     prompts,
     pronouns_paper,
     pronouns_strict,
@@ -197,6 +198,16 @@ def test_marks_stand_around_the_span_in_the_prompt_and_its_paraphrases():
     assert m.span == f'"{e.span}"'
 
 
+def test_the_ways_to_ask_are_the_paper_s():
+    (e,), shots = TASKS["json"].examples(1, seed=0), TASKS["json"].examples(2, seed=1)
+    assert prompted([e], shots) == {
+        "zero-shot": [e],
+        "*-marked": [marked(e, "*")],
+        '"-marked': [marked(e, '"')],
+        "few-shot": [few_shot(e, shots)],
+    }
+
+
 @EVERY
 def test_few_shots_are_whole_exchanges_in_front_of_the_question(name):
     e, *shots = TASKS[name].examples(4, seed=0)
@@ -354,6 +365,12 @@ def test_a_data_set_is_read_by_datasets(tmp_path):
     [
         ("json", "b.jsonl", '{"raw": "x", "name": "y"}', r"no column 'title' .*columns=\{"),
         ("counterfact", "b.jsonl", '{"raw": "x"}', "no column 'requested_rewrite'"),
+        (
+            "biasbios",
+            "b.jsonl",
+            '{"hard_text": "x", "profession": 3}',
+            "lacks the sentence",
+        ),
         ("json", "b.jsonl", '{"raw": "x", "na', "cannot be read as jsonl"),
         ("json", "b.jsonl", "", "no rows in it"),
         ("json", "b.txt", "hello", "expected a .json, .jsonl or .csv file"),
