@@ -72,7 +72,7 @@ def largest(model: PreTrainedModel, step: Callable[[], object]) -> int:
 @torch.no_grad()
 def measure(quick: bool) -> Iterator[Row]:
     model = half_billion(1 if quick else 2)
-    for T in (256, 512) if quick else (512, 2048, 4096):
+    for T in (64, 128) if quick else (512, 2048, 4096):
         ids = torch.randint(0, 256, (1, T), generator=torch.Generator().manual_seed(0))
         steps: dict[str, Callable[[], object]] = {
             "plain": partial(model.base_model, ids, use_cache=False),

@@ -8,7 +8,7 @@ waited for others. Ratios are trustworthy where milliseconds are not.
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -92,12 +92,3 @@ def last_only(model: PreTrainedModel) -> dict[str, int]:
 def _nbytes(cache: DynamicCache) -> int:
     tensors: list[Tensor] = [x for layer in cache.layers for x in (layer.keys, layer.values)]
     return sum(x.nbytes for x in tensors)
-
-
-def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines, each column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-    return "\n".join(lines)
