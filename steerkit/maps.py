@@ -13,10 +13,12 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from steerkit.attention import Rows, record_rows
+from steerkit.emphasis import span_mask
 from steerkit.turns import Reduce
 
 Spans = Tensor | Sequence[tuple[int, int]]
@@ -56,10 +58,13 @@ def attention_map(
         return _by_function(model, ids, cells, chosen, reduce)
     if reduce not in ("max", "mean"):
         raise ValueError(f'reduce={reduce!r}: expected "max", "mean" or a function (values, dim)')
-    add = cells.add_max if reduce == "max" else cells.add_sum
 
     def record(rows: Rows) -> None:
-        add(rows.start, rows.weights[0, chosen[rows.layer]])
+        weights = rows.weights[0, chosen[rows.layer]]  # (heads,q,K)
+        if reduce == "max":
+            cells.add(rows.start, weights.amax(0), "amax")
+        else:
+            cells.add(rows.start, weights.sum(0), "sum")
 
     record_rows(model, ids, record, layers=chosen)
     if reduce == "max":
@@ -76,28 +81,14 @@ class _Cells:
         self.bin_of = torch.arange(T) * bins // T
         self.total = torch.zeros(bins, bins)
 
-    def add_max(self, start: int, weights: Tensor) -> None:
-        """weights (N,q,K) of query rows from `start`."""
-        most = weights.amax(0)  # (q,K)
-        most[:, : self.skip] = 0
-        bin_of, rows = self._place(start, most)
-        columns = most.new_zeros(len(most), self.bins)
-        columns.scatter_reduce_(1, bin_of.expand(len(most), -1), most, "amax")
-        self.total.scatter_reduce_(0, rows[:, None].expand_as(columns), columns, "amax")
-
-    def add_sum(self, start: int, weights: Tensor) -> None:
-        """weights (N,q,K) of query rows from `start`."""
-        sums = weights.sum(0)  # (q,K)
-        sums[:, : self.skip] = 0
-        bin_of, rows = self._place(start, sums)
-        columns = sums.new_zeros(len(sums), self.bins)
-        self.total.index_add_(0, rows, columns.index_add_(1, bin_of, sums))
-
-    def _place(self, start: int, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Bin of each key and of each row, on the weights' device."""
-        self.total = self.total.to(weights.device)
-        self.bin_of = self.bin_of.to(weights.device)
-        return self.bin_of, self.bin_of[start : start + len(weights)]
+    def add(self, start: int, weights: Tensor, how: str) -> None:
+        """weights (q,K) of query rows from `start` into their cells, by "amax" or "sum"."""
+        weights[:, : self.skip] = 0
+        self.total, bin_of = self.total.to(weights.device), self.bin_of.to(weights.device)
+        columns = weights.new_zeros(len(weights), self.bins)
+        columns.scatter_reduce_(1, bin_of.expand(len(weights), -1), weights, how)
+        rows = bin_of[start : start + len(weights), None].expand_as(columns)
+        self.total.scatter_reduce_(0, rows, columns, how)
 
     def edges(self) -> list[int]:
         """First token of each bin, and T: (bins + 1)."""
@@ -109,7 +100,7 @@ class _Cells:
         seen = torch.arange(1, self.T + 1)[:, None]  # query i sees keys below i + 1
         counts = torch.minimum(edges[1:], seen) - edges[:-1].clamp(min=self.skip)
         pairs = torch.zeros(self.bins, self.bins, dtype=torch.long)
-        return pairs.index_add_(0, self.bin_of.cpu(), counts.clamp(min=0))
+        return pairs.index_add_(0, self.bin_of, counts.clamp(min=0))
 
 
 def _by_function(
@@ -196,12 +187,11 @@ def received(
     queries: tuple[int, int],
     *,
     reduce: str = "max",
-    layers: Iterable[int] | None = None,
     heads: Iterable[tuple[int, int]] | None = None,
 ) -> Tensor:
     """What each token gets from the queries [start, end): the "max" or "mean" weight -> (T,).
 
-    Over `layers`, or `heads` as (layer, index), by default all; ids (T,) or (1,T).
+    Over `heads` as (layer, index), by default all; ids (T,) or (1,T).
     """
     ids = one_text(model, ids)
     start, end = queries
@@ -209,7 +199,7 @@ def received(
         raise ValueError(f"queries [{start}, {end}): expected 0 <= start < end <= {ids.shape[1]}")
     if reduce not in ("max", "mean"):
         raise ValueError(f'reduce={reduce!r}: expected "max" or "mean"')
-    chosen = _chosen(model, layers, heads)
+    chosen = _chosen(model, None, heads)
     found = torch.zeros(ids.shape[1])
 
     def record(rows: Rows) -> None:
@@ -265,25 +255,17 @@ def _per_head(model: PreTrainedModel, T: int) -> Tensor:
 
 def key_mask(spans: Spans, T: int) -> Tensor:
     """The union of `spans` as a bool mask (T,)."""
-    if isinstance(spans, Tensor):
-        if spans.dtype != torch.bool or spans.numel() != T:
-            raise ValueError(
-                f"spans of {spans.dtype} and shape {tuple(spans.shape)}: expected a bool mask "
-                f"({T},); a mask of another length belongs to another text"
-            )
-        mask = spans.flatten().cpu()
-    else:
-        mask = torch.zeros(T, dtype=torch.bool)
-        for start, end in spans:
-            if not 0 <= start < end <= T:
-                raise ValueError(
-                    f"span [{start}, {end}): expected 0 <= start < end <= {T}, the number of "
-                    "tokens; a span beyond them belongs to another text"
-                )
-            mask[start:end] = True
-    if not mask.any():
-        raise ValueError("spans hold no token: mark at least one")
-    return mask
+    row = spans.flatten()[None] if isinstance(spans, Tensor) else [list(spans)]
+    inside, exact = span_mask(row)
+    if (ends := inside.shape[1]) > T or (exact and ends < T):
+        far = (
+            f"mask of {ends}" if exact else "span [{}, {})".format(*max(spans, key=lambda s: s[1]))
+        )
+        raise ValueError(
+            f"{far}: expected at most {T}, the number of tokens (a mask as many): what belongs to "
+            "another text cannot be measured in this one"
+        )
+    return F.pad(inside[0], (0, T - ends))
 
 
 def one_text(model: PreTrainedModel, ids: Tensor) -> Tensor:

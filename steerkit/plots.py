@@ -68,7 +68,7 @@ def show(fig: Figure, name: str, *, out: Path, caption: str, alt: str, values: d
             raise ValueError(f"figure {name!r} has an empty {label}: say in words what it shows")
     if not name or Path(name).name != name:
         raise ValueError(f"name={name!r}: expected a plain file name without folders")
-    png = _png(fig)
+    png = _image(fig, "png", metadata={"Software": None})
     write_bytes(Path(out) / f"{name}.png", png)
     sidecar = {"figure": name, "caption": caption, "alt": alt, "values": values}
     write_json(Path(out) / f"{name}.json", sidecar)
@@ -210,10 +210,7 @@ def head_grid(
         raise ValueError(f"values of shape {v.shape}: expected (L, H)")
     vmin = None if vmax is None else 0
     image = ax.imshow(v, aspect="auto", interpolation="nearest", vmin=vmin, vmax=vmax)
-    for (layer, head), x in np.ndenumerate(v):
-        dark = image.norm(x) < 0.5
-        colour = "white" if dark else "black"
-        ax.text(head, layer, form.format(x), ha="center", va="center", color=colour, size=9)
+    _write(ax, image, lambda layer, h: form.format(v[layer, h]))
     ax.set(xlabel="head", ylabel="layer", xticks=range(v.shape[1]), yticks=range(v.shape[0]))
     ax.grid(False)
     for layer, head in marked:
@@ -235,16 +232,27 @@ def head_overlap(ax: Axes, sets: Mapping[str, Iterable[tuple[int, int]]], *, hea
     chance = np.array([[len(a) * len(b) / heads for b in found] for a in found])
     part = shared / np.array([[min(len(a), len(b)) for b in found] for a in found])
     image = ax.imshow(part, vmin=0, vmax=1, interpolation="nearest")
-    for (row, column), x in np.ndenumerate(part):
-        text = f"{shared[row, column]}"
-        text += f"\n({chance[row, column]:.1f})" if row != column else ""
-        colour = "white" if x < 0.5 else "black"
-        ax.text(column, row, text, ha="center", va="center", color=colour, size=9)
+
+    def text(row: int, column: int) -> str:
+        by_chance = f"\n({chance[row, column]:.1f})" if row != column else ""
+        return f"{shared[row, column]}{by_chance}"
+
+    _write(ax, image, text)
     ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
     ax.set_yticks(range(len(names)), names)
     ax.grid(False)
     ax.figure.colorbar(image, ax=ax, label="shared part of the smaller set")
     return ax
+
+
+def _write(ax: Axes, image: AxesImage, text: Callable[[int, int], str]) -> None:
+    """`text(row, column)` into each cell of an image, white where the cell is dark."""
+    for (row, column), x in np.ndenumerate(image.get_array()):
+        colour, middle = (
+            "white" if image.norm(x) < 0.5 else "black",
+            {"ha": "center", "va": "center"},
+        )
+        ax.text(column, row, text(row, column), color=colour, size=9, **middle)
 
 
 def ablation(
@@ -382,16 +390,14 @@ def picture(fig: Figure, *, caption: str, alt: str) -> str:
 
     Lossless WebP, a third of a PNG's bytes: a widget sends one at each move.
     """
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="webp", dpi=DPI, pil_kwargs={"lossless": True})
-    plt.close(fig)
-    page = _figure_html("webp", buffer.getvalue(), caption, alt)
+    image = _image(fig, "webp", pil_kwargs={"lossless": True})
+    page = _figure_html("webp", image, caption, alt)
     return page.replace("<img ", '<img class="explored" ', 1)
 
 
-def _png(fig: Figure) -> bytes:
+def _image(fig: Figure, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    fig.savefig(buffer, format=kind, dpi=DPI, **options)
     plt.close(fig)
     return buffer.getvalue()
 

@@ -18,7 +18,7 @@ _SHADES = (
     *("#fff", "#e3eef7", "#c6dcee", "#a4c8e3", "#7fb2d6"),
     *("#559ac8", "#2f7fb5", "#0a619c", "#04406b"),
 )
-_FIRST_WHITE = 6  # from this shade on letters are white
+_FIRST_WHITE = 7  # from this shade on white letters have the better contrast
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:

@@ -135,7 +135,8 @@ def explore_attention(
 
     def draw(layer: str, head: str, turn: int, reduce: str, skip: int) -> str:
         where = _heads(config, layer, head)
-        queries = replies[min(replies, key=lambda n: abs(n - turn))]
+        turn = min(replies, key=lambda n: abs(n - turn))  # a message may be without reply
+        queries = replies[turn]
         found = attention_map(model, ids, bins=bins, reduce=reduce, skip=skip, heads=where)
         fig, ax = plt.subplots(figsize=(8.5, 6.2))
         dialogue_map(ax, found, parts, texts=binned_text(texts, bins))

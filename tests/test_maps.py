@@ -322,7 +322,7 @@ GROUPS = torch.zeros(T, dtype=torch.long)
         (lambda m: attention_map(m, tokens(2, 9)), r"\(2, 9\).*one text"),
         (lambda m: span_share(m, IDS, [(80, 91)]), r"\[80, 91\).*another text"),
         (lambda m: span_share(m, IDS, [(5, 5)]), r"\[5, 5\).*start < end"),
-        (lambda m: span_share(m, IDS, []), "no token"),
+        (lambda m: span_share(m, IDS, []), r"is \[\]: expected .* at least one \(start, end\)"),
         (lambda m: span_share(m, IDS, torch.ones(T + 1, dtype=torch.bool)), "another text"),
         (lambda m: span_share(m, IDS, torch.ones(T)), "bool mask"),
         (lambda m: received(m, IDS, (80, 91)), r"queries \[80, 91\).*<= 90"),

@@ -176,6 +176,15 @@ def test_dots_stand_in_the_row_of_their_setting() -> None:
     plt.close(fig)
 
 
+def test_long_curves_thin_out_their_markers() -> None:
+    fig, ax = plt.subplots()
+    for n, every in ((40, 1), (120, 10)):
+        plots.curves(ax, range(n), {"x": range(n)}, xlabel="x", ylabel="y", logy=True)
+        assert ax.lines[-1].get_markevery() == every
+    assert ax.get_yscale() == "log"
+    plt.close(fig)
+
+
 def test_loss_curve_reads_the_training_log() -> None:
     fig, ax = plt.subplots()
     plots.loss_curve(ax, [{"step": 50, "loss": 3.0}, {"step": 100, "loss": 2.0}])
@@ -193,6 +202,25 @@ def test_dialogue_map_draws_turns_where_their_tokens_stand() -> None:
     assert sorted(upright) == [-0.5, 3.5, 7.5]
     assert ax.get_xticks().tolist() == ax.get_yticks().tolist() == [1.5, 5.5, 9.5]
     assert [t.get_text() for t in ax.get_xticklabels()] == ["1", "2", "3"]
+    plt.close(fig)
+
+
+def test_maps_share_a_scale_and_name_it() -> None:
+    for draw, clim in ((plots.heat_map, (0, 0.5)), (plots.difference_map, (-0.5, 0.5))):
+        fig, ax = plt.subplots()
+        weights = np.tril(np.full((12, 12), 0.25))
+        plots.dialogue_map(ax, weights, TALK, draw=draw, vmax=0.5, bar="weight")
+        assert ax.images[0].get_clim() == clim
+        assert [other.get_ylabel() for other in fig.axes] == ["turn of the query", "weight"]
+        plt.close(fig)
+
+
+@pytest.mark.parametrize(("turns", "lines", "ticks"), [(12, 12, 12), (30, 30, 10), (60, 12, 12)])
+def test_many_turns_are_numbered_and_ruled_sparsely(turns: int, lines: int, ticks: int) -> None:
+    fig, ax = plt.subplots()
+    talk = [Turn(n + 1, "user", 4 * n, 4 * n + 4) for n in range(turns)]
+    plots.dialogue_map(ax, np.tril(np.ones((60, 60))), talk, bar=None)
+    assert len(ax.lines) == 2 * lines and len(ax.get_xticks()) == ticks
     plt.close(fig)
 
 
@@ -255,6 +283,7 @@ def test_ablation_draws_each_interval_and_the_reference() -> None:
     assert lines[:4] == [[[0.8, 0], [1.0, 0]], [[0.9, 0]], [[0.1, 1], [0.4, 1]], [[0.2, 1]]]
     assert set(ax.lines[4].get_xdata()) == {0.9}
     assert [t.get_text() for t in ax.get_yticklabels()] == list(rows)
+    assert [t.get_text() for t in ax.texts] == ["0.90", "0.20"]
     assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first at the top
     plt.close(fig)
 

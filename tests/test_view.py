@@ -63,15 +63,48 @@ def test_darker_is_more_and_the_scale_is_given() -> None:
         for s in _SHADES
     ]
     assert all(a > b + 0.05 for a, b in pairwise(grey))
-    assert [shade(x, 0.8) for x in (0, 0.4, 0.8, 5)] == [_SHADES[i] for i in (0, 4, 8, 8)]
+    wanted = {0: 0, 0.06: 1, 0.4: 4, 0.8: 8, 5: 8}  # the nearest shade
+    assert [shade(x, 0.8) for x in wanted] == [_SHADES[i] for i in wanted.values()]
     assert "0.8" in "".join(Page(attention_page(["x"], [0.1], title="t", top=0.8)).words)
 
 
+def test_the_largest_value_is_the_darkest_and_nothing_is_white() -> None:
+    page = Page(attention_page(["a", "b"], [0.1, 0.2], title="t"))
+    last = [a.get("style") or "" for tag, a in page.elements if tag == "i"][-2:]
+    assert _SHADES[8] in last[1] and _SHADES[4] in last[0]
+    nothing = Page(attention_page(["a"], [0.0], title="t")).elements[-1]
+    assert nothing == ("i", {"title": "0"})
+
+
+def test_letters_have_the_colour_that_can_be_read() -> None:
+    def light(colour: str) -> float:  # relative luminance, as WCAG 2 defines it
+        parts = [
+            c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)
+        ]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+    page = Page(attention_page(["x"] * 9, torch.arange(9) / 8, title="t"))
+    styles = [a.get("style") or "" for tag, a in page.elements if tag == "i"][-9:]
+    for shade, style in zip(_SHADES, styles, strict=True):
+        letters = 1.0 if "color:#fff" in style.replace("background:#fff", "") else 0.0
+        low, high = sorted((light(shade), letters))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, (shade, style)
+
+
+def test_a_token_keeps_its_space_where_a_tokenizer_strips_it() -> None:
+    class Stripping:  # a row alone loses its leading space, as with SentencePiece
+        def batch_decode(self, rows: list[list[int]], **_: bool) -> list[str]:
+            pieces = ["Hello", " you", "r", " ok"]
+            return ["".join(pieces[i] for i in row).lstrip() for row in rows]
+
+    assert token_texts(Stripping(), [0, 1, 2, 3]) == ["Hello", " you", "r", " ok"]
+
+
 def test_messages_are_paragraphs_with_turn_and_role() -> None:
-    parts = [Turn(1, "user", 0, 2), Turn(1, "assistant", 2, 5)]
+    parts = [Turn(1, "<u>", 0, 2), Turn(1, "assistant", 2, 5)]
     source = attention_page(TEXTS, VALUES, parts, title="t")
     names = re.findall(r"<small>(.*?)</small>", source)
-    assert names == ["1 user", "1 assistant"]
+    assert names == ["1 &lt;u&gt;", "1 assistant"]
     first, second = source.split("<p>")[2:]
     assert html.escape(TEXTS[1], quote=False) in first and "↵" in second
 

@@ -7,14 +7,17 @@ import time
 from typing import Any
 
 import ipywidgets
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steerkit import widgets
 from steerkit.chat import Message
+from steerkit.emphasis import emphasise
 from steerkit.maps import span_share
 from steerkit.spans import encode, read_marks
+from steerkit.turns import turns
 from steerkit.widgets import (
     Explorer,
     explore_attention,
@@ -125,6 +128,15 @@ def test_an_error_is_shown_escaped_and_gone_with_the_next_drawing() -> None:
     assert explorer.page.value == "fine"
 
 
+def test_an_error_leaves_no_figure_open() -> None:
+    def draw(x: int) -> str:
+        plt.figure()
+        raise ValueError("late")
+
+    Explorer(draw, {"x": slider()}).refresh()
+    assert plt.get_fignums() == []
+
+
 def test_headless_it_is_drawn_once_and_the_page_stands_alone(shown: list[dict[str, Any]]) -> None:
     drawing = Drawing()
     Explorer(drawing, {"x": slider()})._ipython_display_()
@@ -169,6 +181,33 @@ def test_attention_explorer_draws_map_and_tokens_and_follows_its_controls(
     assert len(pages) == 6
 
 
+def test_attention_explorer_asks_for_what_its_controls_say(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, drawn = [], []
+    for name, found in {"attention_map": torch.zeros(12, 12), "received": torch.ones(99)}.items():
+        monkeypatch.setattr(widgets, name, lambda *a, f=found, **k: asked.append((a[2:], k)) or f)
+    monkeypatch.setattr(
+        widgets, "attention_page", lambda texts, v, *_, title: f"{v.sum():.0f} {title}"
+    )
+    monkeypatch.setattr(widgets, "picture", lambda fig, **_: drawn.append(fig) or "")
+    talk = [*TALK[:2], Message("user", "Hm."), Message("user", "Who?"), TALK[3]]
+    explorer = explore_attention(*tiny, talk, bins=12)
+    for name, value in {"layer": "1", "head": "2", "reduce": "mean", "skip": 3}.items():
+        explorer.controls[name].value = value
+    explorer.controls["turn"].value = 2  # without a reply: the nearest is that of turn 1
+    (_, map_of), ((queries,), page_of) = asked[-2:]
+    shared = {"reduce": "mean", "heads": [(1, 2)]}
+    assert map_of == {"bins": 12, "skip": 3, **shared} and page_of == shared
+    assert explorer.page.value.startswith("96 ") and "reply of turn 1" in explorer.page.value
+    ids, parts = turns(tiny[1], talk)
+    assert queries == (parts[1].start, parts[1].end)
+    (frame,) = drawn[-1].axes[0].patches
+    rows = [row * 12 / ids.shape[1] - 0.5 for row in queries]
+    assert [frame.get_y(), frame.get_y() + frame.get_height()] == pytest.approx(rows)
+    plt.close("all")
+
+
 def test_steering_explorer_shows_both_replies_and_the_share_it_raised(tiny: Tiny) -> None:
     model, tokenizer = tiny
     text = "**Language: French.** Hobby: chess. Where does Ivan Garner live?"
@@ -184,6 +223,12 @@ def test_steering_explorer_shows_both_replies_and_the_share_it_raised(tiny: Tiny
     assert f"<td>{html.escape(reply)}</td>" in page and f"<td>{share:.3f} of attention" in page
     steered = float(page.split(" of attention")[1].rsplit(">", 1)[1])
     assert steered > share + 0.2
+    with emphasise(model, spans, sets["one"], alpha=0.1):
+        (one,) = span_share(model, inputs["input_ids"], spans[0])[0, 0, -1:].tolist()
+    explorer.controls["alpha"].value = 0.1
+    explorer.controls["heads"].value = "one"
+    assert f"<td>{one:.3f} of attention" in explorer.page.value
+    explorer.controls["heads"].value = "all"
     explorer.controls["alpha"].value = 1  # the identity
     same = explorer.page.value
     assert same.count(f"{share:.3f} of attention") == 2 and same.count(html.escape(reply)) == 2
@@ -200,6 +245,22 @@ def test_streaming_explorer_draws_each_setting(tiny: Tiny) -> None:
     assert whole.split()[1] == dense.split()[0]  # a window longer than the text is dense
     explorer.controls["window"].value = 8
     assert "window of 8" in explorer.page.value
+
+
+def test_replies_are_escaped() -> None:
+    assert "<td>&lt;b&gt;</td>" in widgets._side_by_side({"plain": ("<b>", 0.5)})
+
+
+def test_streaming_explorer_measures_dense_once_and_the_cache_each_time(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    losses = lambda *_, **options: asked.append(options) or torch.zeros(1, 120)  # noqa: E731
+    monkeypatch.setattr(widgets, "token_losses", losses)
+    explorer = explore_streaming(tiny[0], torch.zeros(1, 121, dtype=torch.long))
+    explorer.controls["sinks"].value = 1
+    explorer.controls["window"].value = 9
+    assert asked == [{}, {"sinks": 1, "window": 64}, {"sinks": 1, "window": 9}]
 
 
 def test_bad_input_is_one_clear_error(tiny: Tiny) -> None:
