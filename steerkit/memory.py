@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
 from steerkit.results import write_json
 
-PEAK_FILE = "STEERKIT_PEAK"  # environment variable: where a notebook's kernel writes its peak
+USAGE_FILE = "STEERKIT_USAGE"  # environment variable: where a notebook's kernel writes its usage
 
 
 def peak() -> dict[str, float | None]:
@@ -29,8 +30,14 @@ def peak() -> dict[str, float | None]:
 
 
 def load_ipython_extension(shell: Any) -> None:
-    """For a kernel that `steerkit run` starts: write the peak when the kernel ends."""
-    atexit.register(lambda: write_json(Path(os.environ[PEAK_FILE]), peak()))
+    """For a kernel that `steerkit run` starts: when it ends, write its peak memory, and its CPU
+    time, which other processes on the machine do not lengthen as they do the time on the clock."""
+
+    def write() -> None:
+        usage = {"cpu_seconds": round(time.process_time(), 1), "memory": peak()}
+        write_json(Path(os.environ[USAGE_FILE]), usage)
+
+    atexit.register(write)
 
 
 _QWEN = {  # hidden size, layers, query heads, key/value heads, MLP, vocabulary

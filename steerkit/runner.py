@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 from papermill.exceptions import PapermillExecutionError
 
-from steerkit.memory import PEAK_FILE
+from steerkit.memory import USAGE_FILE
 from steerkit.results import ROOT, versions, write_json, write_text
 
 CELL_TIMEOUT = {"smoke": 300, "cpu": 1200, "gpu": 6 * 3600}  # seconds per cell: a stuck run ends
@@ -92,13 +92,13 @@ def execute(
     The executed copy is out/<name>.ipynb, or out/<name>.partial.ipynb after a failure; time, peak
     memory and machine go to figures/<profile>/<name>/run.json. `timeout` is in seconds per cell.
     """
-    partial, memory = out / f"{path.stem}.partial.ipynb", out / f"{path.stem}.peak.tmp"
+    partial, usage = out / f"{path.stem}.partial.ipynb", out / f"{path.stem}.usage.tmp"
     partial.unlink(missing_ok=True)
     start, done = time.perf_counter(), out / path.name
     record = {"notebook": path.stem, "profile": profile, "parameters": values}
     record |= {"machine": machine(), "versions": versions()}
     try:
-        with _kernel_environment(figures, memory):
+        with _kernel_environment(figures, usage):
             papermill.execute_notebook(
                 _literal(path),
                 _literal(partial),
@@ -107,19 +107,19 @@ def execute(
                 cwd=cwd or path.parent,
                 execution_timeout=timeout,
                 progress_bar=progress,
-                # a local kernel warns of plain TCP; the extension writes the kernel's peak memory
+                # a local kernel warns of plain TCP; the extension writes what the kernel used
                 extra_arguments=["--log-level=ERROR", "--ext=steerkit.memory"],
             )
         seconds = round(time.perf_counter() - start, 1)
-        peak = json.loads(memory.read_text()) if memory.exists() else None  # died while it ended
-        record |= {"seconds": seconds, "memory": peak}
+        used = json.loads(usage.read_text()) if usage.exists() else {}  # died while it ended
+        record |= {"seconds": seconds} | used
         write_json(figures / profile / path.stem / "run.json", record)
         return Outcome(path.stem, seconds, None, partial.replace(done))
     except Exception as failure:  # one notebook's failure must not stop the others
         seconds = round(time.perf_counter() - start, 1)
         return Outcome(path.stem, seconds, _explain(failure, partial), partial)
     finally:
-        memory.unlink(missing_ok=True)
+        usage.unlink(missing_ok=True)
 
 
 def store(executed: Path, committed: Path) -> None:
@@ -202,13 +202,13 @@ def _literal(path: Path) -> str:
 
 
 @contextmanager
-def _kernel_environment(figures: Path, memory: Path) -> Iterator[None]:
-    """What the kernel inherits: where figures and its peak go, this clone's package, no debugger
+def _kernel_environment(figures: Path, usage: Path) -> Iterator[None]:
+    """What the kernel inherits: where figures and its usage go, this clone's package, no debugger
     warning."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     new = {
         "STEERKIT_FIGURES": str(Path(figures).resolve()),
-        PEAK_FILE: str(memory.resolve()),
+        USAGE_FILE: str(usage.resolve()),
         "PYTHONPATH": path,
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }

@@ -47,7 +47,9 @@ def test_run_executes_records_and_ends_with_the_table(
     *_, where, before, _ = output_of(root / "runs" / "smoke" / "01_good.ipynb")
     assert where == "notebooks\n"
     record = json.loads((root / "figures" / "smoke" / "01_good" / "run.json").read_text())
-    assert record["seconds"] > 0 and record["parameters"] == {"PROFILE": "smoke"}
+    assert 0 < record["cpu_seconds"] < record["seconds"] and record["parameters"] == {
+        "PROFILE": "smoke"
+    }
     assert record["machine"].keys() == {"cores", "cpu", "memory_gib", "gpu"}
     assert record["memory"]["peak_gib"] == pytest.approx(float(before) + 0.5, abs=0.05)
     assert record["memory"].keys() == {"peak_gib", "gpu_peak_gib"}

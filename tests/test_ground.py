@@ -155,13 +155,6 @@ def test_no_test_reaches_beyond_this_machine() -> None:
     assert "without a network" in child.stderr
 
 
-def test_importing_the_package_opens_no_connection_and_prints_nothing() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "import steerkit"], capture_output=True, text=True, cwd=ROOT
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
 def test_documents_name_files_that_exist(name: str) -> None:
     text = (ROOT / name).read_text()
