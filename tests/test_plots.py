@@ -113,6 +113,18 @@ def test_head_grid_writes_each_number_at_its_layer_and_head() -> None:
     plt.close(fig)
 
 
+def test_numbers_in_cells_are_white_on_dark_and_black_on_light() -> None:
+    fig, ax = plt.subplots()
+    plots.head_grid(ax, [[0.0, 0.2, 0.8, 1.0]], bar="x", vmax=1)
+    for text in ax.texts:
+        cell = ax.images[0].to_rgba(float(text.get_text()))[:3]
+        grey, letters = (
+            np.dot(c, (0.2126, 0.7152, 0.0722)) for c in (cell, to_rgb(text.get_color()))
+        )
+        assert abs(grey - letters) > 0.5
+    plt.close(fig)
+
+
 def test_head_grids_with_one_vmax_have_comparable_colours() -> None:
     fig, axes = plt.subplots(1, 2)
     for ax, values in zip(axes, ([[0.2, 0.3]], [[0.3, 0.9]]), strict=True):
