@@ -191,7 +191,7 @@ def score_heads(
     each process scores its share of the heads and all return the whole table. `batch` prompts at a
     time, halved when memory runs out.
     """
-    from steerkit.replay import search  # the engine imports this module
+    from steerkit.search import complete  # which imports this module
 
     refuse_alpha(alpha)
     refuse_examples(examples)
@@ -202,7 +202,7 @@ def score_heads(
     scores = torch.full((len(examples), L, H), torch.nan)
     table = HeadTable(scores, torch.full((len(examples),), torch.nan), about)
     options = {"alpha": alpha, "batch": batch, "save_every": save_every}
-    return search(model, examples, wanted, table, resume=resume, **options)
+    return complete(model, examples, wanted, table, resume=resume, **options)
 
 
 def naive_scores(

@@ -29,7 +29,7 @@ from steerkit.heads import (
     shape,
 )
 from steerkit.key_bias import attend_biased
-from steerkit.replay import Search
+from steerkit.search import Search
 from steerkit.timing import interleaved
 
 

@@ -14,7 +14,7 @@ import pytest
 import tiny_models
 import torch
 
-from steerkit import replay
+from steerkit import replay, search
 from steerkit.cli import main
 from steerkit.emphasis import Head, emphasise
 from steerkit.heads import (
@@ -78,8 +78,8 @@ def of(values, baseline=0.0) -> HeadTable:
 )
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "phi3", "gpt_neox", "gpt2", "olmo2"])
 def test_the_search_returns_the_naive_loops_scores(name, first, rows, monkeypatch):
-    monkeypatch.setattr(replay, "_one_by_one", None)  # no falling back
-    monkeypatch.setitem(replay._ROWS, "cpu", rows)  # 64: batches of one prompt, chunks of heads
+    monkeypatch.setattr(search, "_one_by_one", None)  # no falling back
+    monkeypatch.setitem(search._ROWS, "cpu", rows)  # 64: batches of one prompt, chunks of heads
     model, examples = tiny_models.tiny(name), some_prompts(first=first)
     fast, slow = score_heads(model, examples, batch=3), naive_scores(model, examples, batch=1)
     torch.testing.assert_close(fast.scores, slow.scores, atol=1e-5, rtol=0)
@@ -109,13 +109,13 @@ def test_an_architecture_that_cannot_be_replayed_gets_the_naive_loop(monkeypatch
     config = GraniteConfig(**tiny_models.SIZE, logits_scaling=0.1)  # scaled after the vocabulary
     model = AutoModelForCausalLM.from_config(config).eval()
     examples = some_prompts(2)
-    assert not replay._fits(model, examples[0], 0.01)
+    assert not search._fits(model, examples[0], 0.01)
     fast, slow = score_heads(model, examples), naive_scores(model, examples)
     torch.testing.assert_close(fast.scores, slow.scores, atol=1e-5, rtol=0)
 
 
 def test_half_precision_is_replayed_too(monkeypatch):
-    monkeypatch.setattr(replay, "_one_by_one", None)
+    monkeypatch.setattr(search, "_one_by_one", None)
     model, examples = tiny_models.tiny("llama", sharpen=1.0).bfloat16(), some_prompts(3)
     fast, slow = score_heads(model, examples), naive_scores(model, examples)
     torch.testing.assert_close(fast.scores, slow.scores, atol=0.05, rtol=0)
@@ -128,7 +128,7 @@ def test_alpha_one_is_the_baseline(llama):
 
 
 def test_memory_that_runs_out_halves_the_batch(llama, table, monkeypatch):
-    whole, sizes = replay._replayed, []
+    whole, sizes = search._replayed, []
 
     def small(model, prompts, *rest):
         sizes.append(len(prompts))
@@ -136,7 +136,7 @@ def test_memory_that_runs_out_halves_the_batch(llama, table, monkeypatch):
             raise torch.OutOfMemoryError("as on a device")
         return whole(model, prompts, *rest)
 
-    monkeypatch.setattr(replay, "_replayed", small)
+    monkeypatch.setattr(search, "_replayed", small)
     found = score_heads(llama, some_prompts())
     torch.testing.assert_close(found.scores, table.scores, atol=1e-5, rtol=0)
     assert sizes == [1, 5, 2, 3, 1, 2]  # the first asks whether the model can be replayed
@@ -146,7 +146,7 @@ def test_memory_that_does_not_hold_one_prompt_is_an_error(llama, monkeypatch):
     def never(*_):
         raise torch.OutOfMemoryError("as on a device")
 
-    monkeypatch.setattr(replay, "_replayed", never)
+    monkeypatch.setattr(search, "_replayed", never)
     with pytest.raises(torch.OutOfMemoryError):
         score_heads(llama, some_prompts(2))
 
@@ -210,15 +210,15 @@ def test_a_search_goes_on_where_its_file_ends(llama, table, tmp_path, monkeypatc
 
 CHILD = """
 import sys, time, torch, tiny_models
-from steerkit import replay
+from steerkit import search
 from steerkit.heads import score_heads
 from test_heads import some_prompts
 slow = float(sys.argv[2])
-whole = replay._replayed
+whole = search._replayed
 def dawdle(*given):
     time.sleep(slow)
     return whole(*given)
-replay._replayed = dawdle
+search._replayed = dawdle
 score_heads(tiny_models.tiny("llama"), some_prompts(), batch=1, resume=sys.argv[1], save_every=0)
 """
 
