@@ -37,6 +37,9 @@ def problems(path: Path, figures: Path) -> list[str]:
     found = [line for cell in code for line in cell_problems(cell)]
     if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
         found.append("not run from top to bottom in one go")
+    before = [i for i, cell in enumerate(notebook.cells) if "## Exercises" in cell.source]
+    if len(notebook.cells[: before[0] if before else None]) > 40:
+        found.append("more than 40 cells before the exercises")
     if path.stat().st_size >= 2_000_000:
         found.append(f"{path.stat().st_size} bytes: expected less than 2 MB")
     if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
@@ -169,6 +172,10 @@ SPOILS: list[tuple[Callable[[Any], Any], str]] = [
     (lambda n: n.cells[2].update(source="print(3)"), "no cell is marked"),
     (lambda n: n.cells[1].update(outputs=[]), "pictures differ"),
     (lambda n: n.cells[2].update(source="x = 1\n" * 16), "16 lines, limit 15"),
+    (
+        lambda n: n.cells.extend(map(nbformat.v4.new_markdown_cell, [""] * 41)),
+        "more than 40 cells before the exercises",
+    ),
     (lambda n: n.cells[2].update(source="class A: pass"), "a class belongs"),
     (lambda n: n.cells[2].update(source="def f():\n" + " x = 1\n" * 8), "longer than 8 lines"),
     (
