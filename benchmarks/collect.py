@@ -71,7 +71,8 @@ def main() -> None:
             results = old
     for name in options.only:
         print(f"\n{name}", flush=True)
-        results["scripts"][name] = measure(name, quick=options.quick, out=out)
+        done = {name: measure(name, quick=options.quick, out=out)}
+        results["scripts"] = dict(sorted((results["scripts"] | done).items()))
         write_json(out / "results.json", results)
         write_text(out / "results.md", page(results))
     print(f"\n{out / 'results.md'}")
