@@ -211,7 +211,7 @@ def test_attention_explorer_asks_for_what_its_controls_say(
 def test_steering_explorer_shows_both_replies_and_the_share_it_raised(tiny: Tiny) -> None:
     model, tokenizer = tiny
     text = "**Language: French.** Hobby: chess. Where does Ivan Garner live?"
-    sets = {"all": [(layer, h) for layer in range(6) for h in range(6)], "one": [(0, 0)]}
+    sets = {"all": [(layer, h) for layer in range(6) for h in range(6)], "one": [(3, 0)]}
     explorer = explore_steering(model, tokenizer, text, sets)
     explorer.refresh()
     messages, spans = read_marks(tokenizer, [Message("user", text)])
@@ -224,7 +224,7 @@ def test_steering_explorer_shows_both_replies_and_the_share_it_raised(tiny: Tiny
     steered = float(page.split(" of attention")[1].rsplit(">", 1)[1])
     assert steered > share + 0.2
     with emphasise(model, spans, sets["one"], alpha=0.1):
-        (one,) = span_share(model, inputs["input_ids"], spans[0])[0, 0, -1:].tolist()
+        (one,) = span_share(model, inputs["input_ids"], spans[0])[3, 0, -1:].tolist()
     explorer.controls["alpha"].value = 0.1
     explorer.controls["heads"].value = "one"
     assert f"<td>{one:.3f} of attention" in explorer.page.value
