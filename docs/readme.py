@@ -174,12 +174,13 @@ def ratios() -> Iterator[str]:
     """The ratios of benchmarks/results.json that have a goal, and some more."""
     found = read("benchmarks/results.json")
     here, used = found["machine"], found["versions"]
-    dates = sorted({script["date"] for script in found["scripts"].values()})
+    scripts = found["scripts"].values()
+    dates, load = sorted({s["date"] for s in scripts}), max(max(s["load"]) for s in scripts)
     yield from wrapped(
         f"Ratios side by side in one process, one thread (`make bench`; {here['cores']} shared "
         f"cores of an {here['cpu']} server, {here['memory_gib']} GiB, torch {used['torch']}, "
-        f"{' and '.join(dates)}); all rows, and the times behind them, are in "
-        "[benchmarks/results.md](benchmarks/results.md)."
+        f"{' and '.join(dates)}, load up to {load:.0f}); all rows, and the times behind "
+        "them, are in [benchmarks/results.md](benchmarks/results.md)."
     )
     yield ""
     yield "| benchmark | what | measured | goal |"
