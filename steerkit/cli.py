@@ -114,11 +114,11 @@ def _run(args: argparse.Namespace, root: Path, console: Console) -> int:
             if args.save and outcomes[-1].error is None:
                 runner.store(outcomes[-1].executed, path)
     console.print(claims_table(collect(figures, args.profile, since=start)))
-    if picture := overview.draw(figures / args.profile):
-        console.print(f"the results in one picture: {picture}", highlight=False, soft_wrap=True)
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:
         _report(outcome, console)
+    if picture := overview.draw(figures / args.profile):
+        console.print(f"the results in one picture: {picture}", highlight=False, soft_wrap=True)
     return 1 if failed else 0
 
 

@@ -379,11 +379,11 @@ def make_pairs(
     slipped into the last message, or DPO would only ever learn to obey.
     """
     rng, taught = random.Random(seed), _taught(samples, per_dialogue, first, seed)
-    told = [s.plan.instruction for s in samples if s.plan.constraints] or [""]
+    told = [s.plan.instruction for s in samples if s.plan.instruction]
     prompts = [history(s, t) for s, t in taught]
     tempting = [
         m
-        if s.plan.constraints
+        if s.plan.instruction or not told
         else [*m[:-1], Message("user", f"{rng.choice(told)} {m[-1].content}")]
         for (s, _), m in zip(taught, prompts, strict=True)
     ]

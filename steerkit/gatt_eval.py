@@ -1,6 +1,7 @@
 """GAtt measured: does an instruction of the first message still hold, and is it still known?
 
-Turns count the user's messages from 1, as Table 30 of the Llama 2 paper does (arXiv 2307.09288).
+Turns count the user's messages from 1; Table 30 of the Llama 2 paper (arXiv 2307.09288) is read in
+the same way.
 Axes: N dialogues, T turns.
 """
 

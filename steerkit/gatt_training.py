@@ -39,7 +39,7 @@ class Settings:
     """How to train. `rank` is LoRA's (0 trains all weights); `batch` counts rows of one process.
 
     `warmup` is in steps, then the learning rate falls linearly to zero; `save_every` in steps; the
-    three last fields are DPO's: its beta, and the weight of the ordinary loss on the chosen reply,
+    two last fields are DPO's: its beta, and the weight of the ordinary loss on the chosen reply,
     which keeps its probability from sinking with the rejected one's.
     """
 
@@ -251,6 +251,10 @@ class _Steps(TrainerCallback):
 
     def __init__(self, update: Callable[[int], None]) -> None:
         self.update = update
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.update(state.global_step)  # of a run that goes on
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:

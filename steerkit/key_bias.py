@@ -27,6 +27,8 @@ _ALIGN = {"cpu": 1}
 # The kernel behind SDPA on a CPU takes a mask beside the causal one, which SDPA refuses: a row of
 # biases costs it 3 % of a forward, one more dimension up to 15 % (measured at head size 32).
 _KERNEL = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+# It knows grouped queries since torch 2.9 (pytorch #157893), and does not check for them.
+_GROUPS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 9)
 
 
 class Head(NamedTuple):
@@ -166,8 +168,9 @@ def attend_biased(call: Call, strength: Tensor, column: Tensor) -> Tensor:
     key = parts[:, None].expand(B, call.key.shape[1], -1, n)
     call.query = torch.cat([call.query, query], dim=-1)
     call.key = torch.cat([call.key, key], dim=-1)
+    width = call.value.shape[-1]
     call.value = F.pad(call.value, (0, n))  # the fast kernels want one width for all three
-    return call.attend()[..., :D]
+    return call.attend()[..., :width]
 
 
 def _takes_a_row(call: Call) -> bool:
@@ -182,7 +185,10 @@ def _takes_a_row(call: Call) -> bool:
         and not torch.is_grad_enabled()
         and not call.options.get("dropout")
         and call.options.get("is_causal") is not False
+        and getattr(call.module, "is_causal", True)
         and call.query.shape[2] == call.key.shape[2]
+        and call.query.shape[-1] == call.value.shape[-1]
+        and (_GROUPS or call.query.shape[1] == call.key.shape[1])
     )
 
 

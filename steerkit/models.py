@@ -80,6 +80,10 @@ def _with_adapter(
 def config_of(name: str | os.PathLike) -> PretrainedConfig:
     """The shape of a model that `load` would load, without its weights."""
     source = _source(name)
+    adapter = Path(source) / "adapter_config.json"
+    if adapter.exists():
+        base = json.loads(adapter.read_text(encoding="utf-8"))
+        return config_of(base["base_model_name_or_path"])
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:

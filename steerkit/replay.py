@@ -148,7 +148,7 @@ class Replay:
         self.layers, self.after, self.plain = self._record(ids[:, first:-1], cache, column)
 
     def _cached(self, ids: Tensor) -> Cache:
-        cache = DynamicCache(config=self.model.config)
+        cache = DynamicCache()  # without a config it keeps all keys; the masks do the windows
         self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
         return Cache(layers=[_Rest(layer.keys, layer.values) for layer in cache.layers])
 

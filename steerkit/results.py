@@ -77,8 +77,11 @@ def bootstrap(
     take a `block` so long that blocks are: (T,) -> means of T // block blocks, NaN left out.
     """
     values = torch.as_tensor(values).double().cpu()
-    if block > 1:
+    if block < 1:
+        raise ValueError(f"block={block}: expected at least 1")
+    if block > 1 and values.ndim:
         values = values[: len(values) // block * block].unflatten(0, (-1, block)).nanmean(1)
+        values = values[~values.isnan()]
     if values.ndim == 0 or len(values) < 2:
         raise ValueError(f"values of shape {tuple(values.shape)}: expected at least 2 along axis 0")
     draw = torch.Generator().manual_seed(seed)

@@ -94,6 +94,7 @@ def execute(
     """
     partial, usage = out / f"{path.stem}.partial.ipynb", out / f"{path.stem}.usage.tmp"
     partial.unlink(missing_ok=True)
+    usage.unlink(missing_ok=True)
     start, done = time.perf_counter(), out / path.name
     record = {"notebook": path.stem, "profile": profile, "parameters": values}
     record |= {"machine": machine(), "versions": versions()}
@@ -111,7 +112,9 @@ def execute(
                 extra_arguments=["--log-level=ERROR", "--ext=steerkit.memory"],
             )
         seconds = round(time.perf_counter() - start, 1)
-        used = json.loads(usage.read_text()) if usage.exists() else {}  # died while it ended
+        used = (
+            json.loads(usage.read_text(encoding="utf-8")) if usage.exists() else {}
+        )  # died while it ended
         record |= {"seconds": seconds} | used
         write_json(figures / profile / path.stem / "run.json", record)
         return Outcome(path.stem, seconds, None, partial.replace(done))

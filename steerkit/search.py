@@ -39,7 +39,8 @@ class Search:
     @cached_property
     def score(self) -> Score:
         """Replay where this architecture can be replayed, else one whole forward per head."""
-        return _replayed if _fits(self.model, self.prompts[0], self.alpha) else _one_by_one
+        latest = max(self.prompts, key=lambda p: min(start for start, _ in p.spans))
+        return _replayed if _fits(self.model, latest, self.alpha) else _one_by_one
 
     def fill(self, heads: Sequence[Head], rows: Sequence[int]) -> None:
         """Scores of `heads` on the prompts `rows`; what is in the table already is not computed."""
@@ -66,7 +67,7 @@ class Search:
         yield some
 
     def _score(self, rows: list[int], heads: Sequence[Head]) -> None:
-        """A batch, or its halves when memory runs out."""
+        """A batch; when memory runs out half of its prompts at a time, then half of the heads."""
         scores, baseline = self.table.scores, self.table.baseline
         if not baseline[rows].isnan().any():
             heads = [h for h in heads if scores[(rows, *h)].isnan().any()]
@@ -76,15 +77,20 @@ class Search:
         try:
             found, baseline[rows] = self.score(self.model, prompts, heads, self.alpha)
         except torch.OutOfMemoryError:
-            if len(rows) == 1:
+            if len(rows) == len(heads) == 1:
                 raise
         else:
             for head, values in zip(heads, found, strict=True):
                 scores[(rows, *head)] = values
             self.after()
             return
-        for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-            self._score(half, heads)
+        prompts, several = len(rows) // 2, len(heads) // 2
+        if prompts:
+            self._score(rows[:prompts], heads)
+            self._score(rows[prompts:], heads)
+        else:
+            self._score(rows, heads[:several])
+            self._score(rows, heads[several:])
 
 
 def _most_rows(model: PreTrainedModel) -> int:
@@ -111,7 +117,8 @@ def _one_by_one(
 ) -> tuple[Tensor, Tensor]:
     options = {"alpha": alpha, "batch": len(prompts)}
     found = [forced(model, prompts, [head], **options) for head in heads]
-    return torch.stack(found), forced(model, prompts, [], **options)
+    found = torch.stack(found) if found else torch.empty(0, len(prompts))
+    return found, forced(model, prompts, [], **options)
 
 
 def _fits(model: PreTrainedModel, prompt: Prompt, alpha: float) -> bool:

@@ -61,7 +61,7 @@ def token_losses(
         _refuse_length(model, T - 1)
         held: Cache = DynamicCache(config=model.config)
     else:
-        held = cache or SinkCache(model, sinks=sinks, window=window)
+        held = SinkCache(model, sinks=sinks, window=window) if cache is None else cache
     out = torch.empty(ids.shape[0], T - 1)
     door = install(model) if streams else nullcontext()
     with door, progress(T - 1, unit="tokens") as update:

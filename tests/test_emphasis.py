@@ -674,3 +674,20 @@ def test_bad_input_is_one_clear_error(
 
 def test_a_head_is_named_by_layer_and_query_head() -> None:
     assert str(Head(3, 7)) == "L3H7"
+
+
+@pytest.mark.usefixtures("carried")
+@torch.no_grad()
+def test_values_of_another_width_than_queries_are_steered() -> None:
+    """Multi-head latent attention: queries and keys of 24 numbers, values of 16."""
+    draw = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 2, 4, 9, 24, generator=draw)
+    v = torch.randn(2, 4, 9, 16, generator=draw)
+    on, column = torch.tensor([[1.0], [0], [1], [0]]), torch.randn(2, 9, generator=draw)
+    scores = 0.2 * q @ k.mT + on[..., None] * column[:, None, None]
+    causal = torch.ones(9, 9).tril().bool()
+    wanted = scores.masked_fill(~causal, -torch.inf).softmax(-1) @ v
+    module = torch.nn.Module()
+    module.num_key_value_groups = 1
+    found = attend_biased(Call(module, q, k, v, None, 0.2, {}), on, column)
+    torch.testing.assert_close(found, wanted.transpose(1, 2), atol=1e-5, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -86,6 +87,26 @@ def test_pairs_without_an_instruction_reject_obedience(tiny):
     for row in of_quiet:
         chosen, rejected = (row[key][0]["content"] for key in ("chosen", "rejected"))
         assert told.constraints[0].obeyed(rejected) and not told.constraints[0].obeyed(chosen)
+
+
+def test_an_instruction_that_no_verifier_knows_is_an_instruction(tiny, monkeypatch):
+    """Nothing is slipped into a dialogue that has one, nor where there is none to slip in."""
+    told = a_sample()._replace(plan=replace(a_sample().plan, constraints=()))
+    quiet = told._replace(plan=replace(told.plan, instruction=""))
+    asked = []
+
+    def reply(model, tokenizer, dialogues, **_):
+        asked.extend(m[-1].content for m in dialogues)
+        return ["No."] * len(dialogues)
+
+    monkeypatch.setattr(gatt, "reply", reply)
+    gatt.make_pairs(*tiny, [told], first=1, per_dialogue=3)
+    gatt.make_pairs(*tiny, [quiet], first=1, per_dialogue=3)
+    assert set(asked) == {"Q1?", "Q2?", "Q3?"}
+    asked.clear()
+    gatt.make_pairs(*tiny, [told, quiet], first=1, per_dialogue=3)
+    assert {a for a in asked if "chess" in a} == {f"Hobby: chess. Q{t}?" for t in (1, 2, 3)}
+    assert len(asked) == 6
 
 
 def test_values_held_out_are_a_quarter_and_never_drawn():

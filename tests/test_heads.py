@@ -142,6 +142,36 @@ def test_memory_that_runs_out_halves_the_batch(llama, table, monkeypatch):
     assert sizes == [1, 5, 2, 3, 1, 2]  # the first asks whether the model can be replayed
 
 
+def test_memory_that_holds_no_prompt_with_all_heads_takes_fewer_heads(llama, table, monkeypatch):
+    whole, sizes = search._replayed, []
+
+    def small(model, prompts, heads, *rest):
+        if len(prompts) * len(heads) > 2:
+            raise torch.OutOfMemoryError("as on a device")
+        sizes.append(len(heads))
+        return whole(model, prompts, heads, *rest)
+
+    monkeypatch.setattr(search, "_replayed", small)
+    found = score_heads(llama, some_prompts())
+    torch.testing.assert_close(found.scores, table.scores, atol=1e-5, rtol=0)
+    assert set(sizes[1:]) == {2}
+
+
+def test_no_heads_are_no_scores_where_a_model_cannot_be_replayed(llama):
+    found, baseline = search._one_by_one(llama, some_prompts(2), [], 0.01)
+    assert found.shape == (0, 2) and baseline.shape == (2,)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_a_sliding_window_that_ends_before_a_span_is_searched_exactly(name):
+    model = tiny_models.tiny(name, sliding_window=8)
+    ids = tiny_models.tokens(2, 44).tolist()
+    prompts = [Prompt(ids[0][:40], [(1, 4)], ids[0][40:]), Prompt(ids[1][:40], [(30, 33)], [7, 8])]
+    found = score_heads(model, prompts, batch=1)
+    naive = naive_scores(model, prompts)
+    torch.testing.assert_close(found.scores, naive.scores, atol=1e-5, rtol=0)
+
+
 def test_memory_that_does_not_hold_one_prompt_is_an_error(llama, monkeypatch):
     def never(*_):
         raise torch.OutOfMemoryError("as on a device")

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import steerkit
-from steerkit.models import DATA
+from steerkit.models import DATA, config_of
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +122,7 @@ def test_a_checkpoint_that_wants_to_run_code_is_refused(checkpoint, tmp_path):
 def test_an_unknown_dtype_is_named(checkpoint, dtype):
     with pytest.raises(ValueError, match=f'dtype="{dtype}"'):
         steerkit.load(checkpoint, dtype=dtype)
+
+
+def test_the_shape_of_an_adapter_is_its_base_s() -> None:
+    assert config_of("tiny-gatt").hidden_size == config_of("tiny").hidden_size

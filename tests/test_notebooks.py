@@ -14,8 +14,8 @@ from steerkit.results import ROOT
 from steerkit.student import exercises
 
 EXPECTED = (
-    "00_start_here", "01_gatt_training", "03_pasta_head_search", "04_streaming_llm",
-    "05_sink_from_scratch",
+    "00_start_here", "01_gatt_training", "02_attention_heatmaps", "03_pasta_head_search",
+    "04_streaming_llm", "05_sink_from_scratch",
 )  # fmt: skip
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SMOKE_SECONDS = 60

@@ -119,6 +119,13 @@ def test_bootstrap_interval_is_the_normal_one_for_many_values() -> None:
     assert high == pytest.approx(mean + half, abs=half / 10)
 
 
+def test_bootstrap_leaves_out_a_block_without_numbers() -> None:
+    values = torch.arange(12.0)
+    values[4:8] = torch.nan
+    mean, low, high = results.bootstrap(values, block=4)
+    assert mean == 5.5 and low >= 1.5 and high <= 9.5
+
+
 def test_bootstrap_resamples_rows_together_and_repeats_exactly() -> None:
     column = torch.randn(50)
     mean, low, high = results.bootstrap(torch.stack([column, column + 1], dim=1))
