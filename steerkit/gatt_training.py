@@ -84,8 +84,8 @@ def train(
 
     `model` is trained in place; LoRA's weights are merged into it, and `out` receives them (or all
     weights). Checkpoints go to `out` too: a run that was killed and is started again ends with the
-    same loss. Raises ValueError for a row longer than `max_length` or than the model's positions,
-    and for an `out` of another model or of other settings.
+    same loss. Raises ValueError for an SFT row longer than `max_length` or than the model's
+    positions, and for an `out` of another model or of other settings.
 
     Works under `accelerate launch`. Two processes without a GPU are `ACCELERATE_USE_CPU=true
     accelerate launch --multi_gpu --num_processes 2`: with `--cpu` it starts one.

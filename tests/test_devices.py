@@ -58,7 +58,7 @@ def gatt_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, _: Te
     best = gatt.sample(model, tokenizer, plans, candidates=2, max_new_tokens=6)
     gap = gatt_eval.teacher_kl(model, model, tokenizer, best)
     found = gatt_eval.adherence_by_turn(model, tokenizer, plans, max_new_tokens=6, probe_turns=(2,))
-    return torch.cat([gap.flatten(), found.obeyed.flatten(), found.recalled.flatten()]).nan_to_num()
+    return torch.cat([gap.flatten(), found.obeyed.flatten(), found.recalled.nan_to_num().flatten()])
 
 
 def examples(tokenizer: PreTrainedTokenizerBase) -> list[heads.Prompt]:
@@ -133,11 +133,12 @@ def test_bfloat16_stays_near_float32(name, tiny, plain) -> None:
 
 
 @pytest.mark.parametrize("name", REPLIES)
-def test_bfloat16_writes_to_the_end(name, tiny, plain) -> None:
+def test_bfloat16_writes_nearly_what_float32_writes(name, tiny, plain) -> None:
     model = deepcopy(tiny[0]).bfloat16()
     with torch.no_grad():
         found = REPLIES[name](model, tiny[1], IDS)
-    assert found.isfinite().all()
+    assert found.shape == plain[name].shape
+    assert ((found - plain[name]).abs() <= 0.05).float().mean() >= 0.75
 
 
 def test_a_step_of_gatt_training_in_bfloat16_ends_in_finite_weights(tiny, tmp_path) -> None:
