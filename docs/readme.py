@@ -10,17 +10,18 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from steerkit.results import ROOT, write_text
+from steerkit.results import ROOT, paper_result, write_text
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 TASKS = ("JSON", "Pronouns", "BiasBios", "CounterFact")
 TURNS = ("2", "4", "6", "20")
+BASE = "gatt.table30.baseline"
 LLAMA = "Llama 2, [2307.09288](https://arxiv.org/abs/2307.09288)"
 RATIOS = ("re-computation / streaming", "map, max / plain")  # in the table without a goal, too
 
@@ -84,15 +85,36 @@ def sinks(notebook: str) -> str:
     return f"learnable sink, three seeds, perplexity at 0+64 / 1+63: {numbers}"
 
 
+def published(key: str, names: Sequence[str]) -> str:
+    values = paper_result(key)["values"]
+    return " / ".join(f"{values[name]:.4g}" for name in names)
+
+
+def published_tasks() -> str:
+    few, own = (
+        paper_result(f"pasta.llama_7b.{way}")["values"] for way in ("few_shot", "task_specific")
+    )
+    columns = dict(zip(TASKS, ("json_f", "pronouns", "biasbios", "counterfact_es"), strict=True))
+    return ", ".join(f"{task} {few[c]:.0f} / {own[c]:.0f}" for task, c in columns.items()) + " %"
+
+
+def published_streams() -> str:
+    names = {"dense": "dense", "window": "window", "re-computation": "recomputation"}
+    names |= {"streaming": "streaming"}
+    values = {name: paper_result(f"streaming.table1.{k}")["value"] for name, k in names.items()}
+    return "perplexity " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
 ROWS = {  # notebook -> paper, the paper's number, ours
     "00_start_here": (
         f"{LLAMA}, Table 30",
-        "recall of an instruction at turns 2 / 4 / 6: 100 / 10 / 0 %",
+        f"recall of an instruction at turns 2 / 4 / 6: {published(BASE, TURNS[:3])} %",
         forgetting,
     ),
     "01_gatt_training": (
         f"{LLAMA}, section 3.3, Table 30",
-        "recall probe at turns 2 / 4 / 6 / 20: base 100 / 10 / 0 / 0, GAtt 100 / 100 / 100 / 100 %",
+        f"recall probe at turns 2 / 4 / 6 / 20: base {published(BASE, TURNS)}, "
+        f"GAtt {published('gatt.table30.gatt', TURNS)} %",
         gatt,
     ),
     "02_attention_heatmaps": (
@@ -102,19 +124,19 @@ ROWS = {  # notebook -> paper, the paper's number, ours
     ),
     "03_pasta_head_search": (
         "PASTA, [2311.02262](https://arxiv.org/abs/2311.02262), main table",
-        "LLaMA-7B, few-shot / task-specific heads: JSON 85 / 96, Pronouns 59 / 99, "
-        "BiasBios 89 / 98, CounterFact 87 / 99 %",
+        f"LLaMA-7B, few-shot / task-specific heads: {published_tasks()}",
         tasks,
     ),
     "04_streaming_llm": (
         "StreamingLLM, [2309.17453](https://arxiv.org/abs/2309.17453)",
-        "perplexity dense 5641, window 5158, re-computation 5.43, streaming 5.40",
+        published_streams(),
         streams,
     ),
     "05_sink_from_scratch": (
         "Active-dormant heads, [2410.13835](https://arxiv.org/abs/2410.13835); "
         "StreamingLLM Table 3",
-        "learnable sink, perplexity at caches 0+1024 / 1+1023: 1235 / 18.01",
+        "learnable sink, perplexity at caches 0+1024 / 1+1023: "
+        + published("streaming.table3.learnable_sink", ("0+1024", "1+1023")),
         sinks,
     ),
 }
@@ -152,11 +174,13 @@ def machine() -> Iterator[str]:
     """Where and how long, and each claim that does not hold."""
     runs = [read(f"figures/cpu/{name}/run.json") for name in NOTEBOOKS]
     here, minutes = runs[0]["machine"], sum(map(seconds, runs)) / 60
+    on_gpu = list((ROOT / "figures" / "gpu").glob("*/run.json"))
+    never = "" if on_gpu else " The gpu profile was never run."
     yield from wrapped(
         f"The last two columns: CPU time and peak memory of the notebook's process, measured on "
         f"{here['cores']} shared cores of an {here['cpu']} server with {here['memory_gib']} GiB of "
-        f"memory and no GPU; {minutes:.0f} minutes in all at cpu. The gpu profile was never run; "
-        "`steerkit doctor --model ID_OR_DIR` computes the memory that a model needs there."
+        f"memory and {here['gpu'] or 'no GPU'}; {minutes:.0f} minutes in all at cpu.{never} "
+        "`steerkit doctor --model ID_OR_DIR` computes the memory that a model needs on a GPU."
     )
     claims = [read(path) for path in sorted((ROOT / "figures" / "cpu").glob("*/*.claim.json"))]
     failed = [row["claim"] for row in claims if not row["holds"]]

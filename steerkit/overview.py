@@ -73,11 +73,13 @@ def _by_turn(ax: Axes, values: dict[str, Any], ylabel: str) -> dict[str, Any]:
 
 
 def _tasks(ax: Axes, values: dict[str, Any]) -> dict[str, Any]:
-    """Per task the best of the four prompts, as many random heads, and the searched ones."""
-    prompts = ("zero-shot", "*-marked", '"-marked', "few-shot")
-    best = {t: max((row[p] for p in prompts), key=lambda r: r[0]) for t, row in values.items()}
+    """Per task the best prompt (what steers no heads), random heads, and the searched ones."""
+    prompts = [
+        [row[way] for way in row if "heads" not in way and "PASTA" not in way]
+        for row in values.values()
+    ]
     groups = {
-        "best prompt": list(best.values()),
+        "best prompt": [max(rows) for rows in prompts],
         "random heads": [row["random heads"] for row in values.values()],
         "searched heads": [row["PASTA, task-specific"] for row in values.values()],
     }
@@ -91,7 +93,7 @@ def _tasks(ax: Axes, values: dict[str, Any]) -> dict[str, Any]:
     ax.set(ylim=(0, 1.18), yticks=np.linspace(0, 1, 6), ylabel="share of strict successes")
     ax.grid(False, axis="x")
     ax.legend(loc="upper center", ncols=3, columnspacing=1, handlelength=1.2)
-    ax.set_title("PASTA: four steered heads")
+    ax.set_title("PASTA: a few steered heads")
     return groups
 
 

@@ -248,11 +248,9 @@ def head_overlap(ax: Axes, sets: Mapping[str, Iterable[tuple[int, int]]], *, hea
 def _write(ax: Axes, image: AxesImage, text: Callable[[int, int], str]) -> None:
     """`text(row, column)` into each cell of an image, white where the cell is dark."""
     for (row, column), x in np.ndenumerate(image.get_array()):
-        colour, middle = (
-            "white" if image.norm(x) < 0.5 else "black",
-            {"ha": "center", "va": "center"},
-        )
-        ax.text(column, row, text(row, column), color=colour, size=9, **middle)
+        colour = "white" if image.norm(x) < 0.5 else "black"
+        words = text(row, column)
+        ax.text(column, row, words, ha="center", va="center", color=colour, size=9)
 
 
 def ablation(

@@ -112,10 +112,9 @@ def execute(
                 extra_arguments=["--log-level=ERROR", "--ext=steerkit.memory"],
             )
         seconds = round(time.perf_counter() - start, 1)
-        used = (
-            json.loads(usage.read_text(encoding="utf-8")) if usage.exists() else {}
-        )  # died while it ended
-        record |= {"seconds": seconds} | used
+        record["seconds"] = seconds
+        if usage.exists():  # else the kernel died while it ended
+            record |= json.loads(usage.read_text(encoding="utf-8"))
         write_json(figures / profile / path.stem / "run.json", record)
         return Outcome(path.stem, seconds, None, partial.replace(done))
     except Exception as failure:  # one notebook's failure must not stop the others

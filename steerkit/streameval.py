@@ -7,7 +7,7 @@ in the cache, and gone once it is evicted: that is what the method promises, and
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,14 +104,21 @@ def eval_stream(
     return EvalStream(torch.tensor([ids]), queries)
 
 
-def eval_hits(model: PreTrainedModel, stream: EvalStream, **options: Any) -> Tensor:
+def eval_hits(
+    model: PreTrainedModel,
+    stream: EvalStream,
+    *,
+    sinks: int = 4,
+    window: int | None = None,
+    block: int = 256,
+) -> Tensor:
     """Whether greedy decoding answers each question exactly: (queries,) boolean.
 
-    One pass with `token_losses`' options; after each question it goes on with the true answer.
+    One pass, as `token_losses` takes it; after each question it goes on with the true answer.
     """
     if not stream.queries:
         raise ValueError("no question in this stream: take more lines than the largest `back`")
-    hits = token_hits(model, stream.ids, **options)[0]
+    hits = token_hits(model, stream.ids, sinks=sinks, window=window, block=block)[0]
     # hits[t] is about token t + 1
     return torch.stack([hits[q.start - 1 : q.stop - 1].all() for q in stream.queries])
 

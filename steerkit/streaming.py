@@ -51,7 +51,8 @@ def token_losses(
     the first `sinks` tokens, the `window` before it and itself, at positions inside the cache:
     StreamingLLM, or window attention with `sinks=0`; memory and precision do not depend on T.
     Equal to one token per forward, whatever the `block` of tokens that one forward takes. A `cache`
-    of one's own goes on where it stands. `score` may judge a prediction otherwise.
+    of one's own goes on where it stands, with its own sinks and window. `score` may judge a
+    prediction otherwise.
     """
     check_ids(model, ids)
     if block < 1:
