@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from steerkit.maps import attention_map, span_share
-from steerkit.timing import interleaved
+from steerkit.attention.maps import attention_map, span_share
+from steerkit.streaming.latency import interleaved
 
 HEADS = 14
 EAGER_LIMIT = 2048  # tokens: beyond, eager weights of two layers take gigabytes

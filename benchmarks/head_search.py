@@ -19,11 +19,11 @@ import torch
 from table import Row
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from steerkit.heads import Prompt
 from steerkit.models import load
-from steerkit.screening import compared
-from steerkit.task_data import TASKS
-from steerkit.tasks import few_shot, prompts
+from steerkit.steering.head_search import Prompt
+from steerkit.steering.screening import compared
+from steerkit.steering.tasks import few_shot, prompts
+from steerkit.tiny.tasks import TASKS
 
 KEEP = 3  # heads to find
 TASK = {

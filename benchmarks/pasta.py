@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from steerkit.attention import Call, Edit, attach
-from steerkit.emphasis import Head, emphasise
-from steerkit.timing import interleaved
+from steerkit.attention.hook import Call, Edit, attach
+from steerkit.steering.pasta import Head, emphasise
+from steerkit.streaming.latency import interleaved
 
 ALPHA = 0.01
 LAYERS, HEADS, KV_HEADS, WIDTH = 4, 8, 8, 256  # heads of 32 numbers, and of 64 at twice the width

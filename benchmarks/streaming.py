@@ -26,10 +26,10 @@ from transformers import (
 )
 from transformers.masking_utils import sdpa_mask
 
-from steerkit.attention import install
-from steerkit.sink_cache import SinkCache
-from steerkit.streaming import next_token_loss, token_losses
-from steerkit.timing import decode_pace, interleaved
+from steerkit.attention.hook import install
+from steerkit.streaming.latency import decode_pace, interleaved
+from steerkit.streaming.losses import next_token_loss, token_losses
+from steerkit.streaming.sink_cache import SinkCache
 
 SINKS = 4
 BLOCK = 256

@@ -1,6 +1,6 @@
 """Notebooks that reproduce four results about steering a language model's attention."""
 
-from steerkit.attention import (
+from steerkit.attention.hook import (
     attach,
     attention_weights,
     install,
@@ -10,16 +10,16 @@ from steerkit.attention import (
     token0_mass,
     value_norms,
 )
+from steerkit.attention.maps import attention_map, group_share, received, span_attention, span_share
 from steerkit.chat import Message, play, reply
-from steerkit.emphasis import Head, emphasise
-from steerkit.maps import attention_map, group_share, received, span_attention, span_share
 from steerkit.models import load
-from steerkit.relatives import additive_bias, instaboost, split_softmax, spotlight
 from steerkit.results import bootstrap, figures_dir, paper_result, save_claim
-from steerkit.sink_cache import SinkCache
 from steerkit.spans import find_span, find_spans, message_span, read_marks
-from steerkit.streameval import Fact, accuracy_by_distance, eval_hits, eval_stream
-from steerkit.streaming import recomputed_losses, stream_chat, token_hits, token_losses
+from steerkit.steering.other_methods import additive_bias, instaboost, split_softmax, spotlight
+from steerkit.steering.pasta import Head, emphasise
+from steerkit.streaming.losses import recomputed_losses, stream_chat, token_hits, token_losses
+from steerkit.streaming.sink_cache import SinkCache
+from steerkit.streaming.stream_eval import Fact, accuracy_by_distance, eval_hits, eval_stream
 
 __all__ = [
     "Fact",

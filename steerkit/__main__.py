@@ -1,5 +1,5 @@
 """`python -m steerkit`: the same as the command `steerkit`."""
 
-from steerkit.cli import main
+from steerkit.lab.cli import main
 
 raise SystemExit(main())

@@ -86,6 +86,6 @@ def test_imports_are_read_as_python_reads_them(tmp_path: Path) -> None:
     path = tmp_path / "a.py"
     path.write_text(
         "import steerkit.chat, os\nfrom steerkit import plots, load\n"
-        "from steerkit.world import ask\ndef f():\n    from steerkit import cli\n"
+        "from steerkit.tiny.world import ask\ndef f():\n    from steerkit.lab import cli\n"
     )
     assert imports(path) == {"chat", "plots", "world"}

@@ -8,7 +8,7 @@ from tiny_models import CONFIGS, tiny, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from steerkit.attention import (
+from steerkit.attention.hook import (
     Call,
     attach,
     attention_modules,
@@ -108,7 +108,7 @@ def test_nothing_attached_goes_straight_to_stock(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with install(llama):
-        monkeypatch.setattr("steerkit.attention.Call", None)  # none is made
+        monkeypatch.setattr("steerkit.attention.hook.Call", None)  # none is made
         llama(tokens(1, 5))
 
 
@@ -233,7 +233,9 @@ def test_softmax_with_a_zero_sink_is_softmax_over_one_more_zero_score() -> None:
 def test_reductions_equal_the_full_weights(
     llama: PreTrainedModel, zero_sink: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("steerkit.attention._CHUNK_NUMBERS", 4 * 50 * 3)  # a few rows per chunk
+    monkeypatch.setattr(
+        "steerkit.attention.hook._CHUNK_NUMBERS", 4 * 50 * 3
+    )  # a few rows per chunk
     ids, rows = tokens(2, 50), []
     with softmax_off_by_one(llama) if zero_sink else install(llama):
         full = torch.stack([attention_weights(llama, row[None]) for row in ids])  # (B,L,H,T,T)

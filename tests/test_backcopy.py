@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from steerkit import attention_weights, backcopy, recomputed_losses, token_losses
-from steerkit.backcopy import CACHE, RUNS, Recipe
+from steerkit import attention_weights, recomputed_losses, token_losses
+from steerkit.fit import next_token_loss
 from steerkit.results import data_file
-from steerkit.training import next_token_loss
+from steerkit.streaming import backcopy
+from steerkit.streaming.backcopy import CACHE, RUNS, Recipe
 
 RECIPE = Recipe()
 SMALL = Recipe(tokens=16, triggers=2, width=8, inner=8, steps=4)

@@ -16,33 +16,23 @@ import torch
 from conftest import write_notebook
 
 import steerkit
-from steerkit import (
-    attention,
-    backcopy,
-    constraints,
-    gates,
-    heads,
-    maps,
-    models,
-    plots,
-    recipe,
-    recomputed_losses,
-    results,
-    runner,
-    streameval,
-    student,
-    task_data,
-    timing,
-    token_losses,
-    training,
-    turns,
-    view,
-    world,
-)
-from steerkit.emphasis import emphasise
-from steerkit.sink_cache import SinkCache
+from steerkit import constraints, models, recomputed_losses, results, token_losses, turns
+from steerkit import fit as training
+from steerkit.attention import hook as attention
+from steerkit.attention import maps
+from steerkit.lab import exercises as student
+from steerkit.lab import runner
 from steerkit.spans import find_span
-from steerkit.streaming import stream_chat
+from steerkit.steering import head_search as heads
+from steerkit.steering.pasta import emphasise
+from steerkit.streaming import backcopy, stream_chat
+from steerkit.streaming import latency as timing
+from steerkit.streaming import stream_eval as streameval
+from steerkit.streaming.sink_cache import SinkCache
+from steerkit.tiny import gates, recipe, world
+from steerkit.tiny import tasks as task_data
+from steerkit.viz import html as view
+from steerkit.viz import plots
 
 Kit = SimpleNamespace
 CLAIM = {

@@ -15,7 +15,7 @@ import torch
 from conftest import NotebookMaker
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steerkit import cli, memory, runner
+from steerkit.lab import cli, memory, runner
 from steerkit.results import ROOT
 
 CLAIM = """import os, pathlib
@@ -38,7 +38,9 @@ def output_of(path: Path) -> list[str]:
 def test_run_executes_records_and_ends_with_the_table(
     root: Path, make_notebook: NotebookMaker, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    half = "from steerkit.memory import peak\nprint(peak()['peak_gib'])\nhalf = bytearray(2**29)"
+    half = (
+        "from steerkit.lab.memory import peak\nprint(peak()['peak_gib'])\nhalf = bytearray(2**29)"
+    )
     cells = ["import os\nprint(os.path.basename(os.getcwd()))", half, claim("01_good")]
     make_notebook("01_good", cells)
     assert cli.main(["run", "--profile", "smoke"], root=root) == 0
@@ -190,7 +192,7 @@ def test_a_second_run_into_the_same_folder_is_refused(
 
 def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
     hold = (
-        "import sys, time; from pathlib import Path; from steerkit.runner import exclusive\n"
+        "import sys, time; from pathlib import Path; from steerkit.lab.runner import exclusive\n"
         "with exclusive(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", hold, str(tmp_path)]

@@ -13,12 +13,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import steerkit
-from steerkit import attention, gatt, gatt_eval, heads, maps, relatives, screening, tasks, timing
-from steerkit.emphasis import Head, emphasise
-from steerkit.gatt_training import Settings, train
-from steerkit.sink_cache import SinkCache
-from steerkit.streaming import stream_chat
-from steerkit.task_data import task_of
+from steerkit.attention import hook as attention
+from steerkit.attention import maps
+from steerkit.gatt import dialogues as gatt
+from steerkit.gatt import evaluation as gatt_eval
+from steerkit.gatt.training import Settings, train
+from steerkit.steering import head_search as heads
+from steerkit.steering import other_methods as relatives
+from steerkit.steering import screening, tasks
+from steerkit.steering.pasta import Head, emphasise
+from steerkit.streaming import latency as timing
+from steerkit.streaming.losses import stream_chat
+from steerkit.streaming.sink_cache import SinkCache
+from steerkit.tiny.tasks import task_of
 
 IDS = torch.randint(300, (1, 48), generator=torch.Generator().manual_seed(0))
 SPAN, HEADS, SOME = (8, 16), [Head(1, 2), Head(3, 5)], [Head(0, 0), Head(2, 3)]

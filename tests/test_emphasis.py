@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
-from steerkit.attention import Call, attach, attention_weights, softmax_off_by_one
-from steerkit.emphasis import Head, emphasise
-from steerkit.key_bias import attend_biased
-from steerkit.sink_cache import SinkCache
+from steerkit.attention.hook import Call, attach, attention_weights, softmax_off_by_one
+from steerkit.steering.key_bias import attend_biased
+from steerkit.steering.pasta import Head, emphasise
+from steerkit.streaming.sink_cache import SinkCache
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 HEADS = [Head(0, 1), Head(0, 3), Head(1, 0), Head(1, 3)]
@@ -84,7 +84,7 @@ def carried(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on any device but a CPU."""
-    monkeypatch.setattr("steerkit.key_bias._KERNEL", None)
+    monkeypatch.setattr("steerkit.steering.key_bias._KERNEL", None)
 
 
 @torch.no_grad()
@@ -244,7 +244,7 @@ def test_on_a_cpu_the_kernel_takes_the_biases_as_a_row(
         return kernel(*tensors, attn_mask=attn_mask, scale=scale)
 
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    monkeypatch.setattr("steerkit.key_bias._KERNEL", spy)
+    monkeypatch.setattr("steerkit.steering.key_bias._KERNEL", spy)
     with emphasise(llama, SPANS, [Head(1, 2)]):
         llama(ids)
         assert rows == [(2, 4, 1, 40)]
@@ -307,7 +307,7 @@ def test_head_sizes_for_accelerators_compute_the_same(
         widths.append([x.shape[-1] for x in tensors])
         return stock(*tensors, **options)
 
-    monkeypatch.setattr("steerkit.key_bias._ALIGN", {})  # as on any device but a CPU
+    monkeypatch.setattr("steerkit.steering.key_bias._ALIGN", {})  # as on any device but a CPU
     with emphasise(llama, SPANS, HEADS):
         monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
         ours = llama(ids).logits

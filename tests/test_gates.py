@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from steerkit import gates
-from steerkit.card import card, chat_gates, stream_gates
 from steerkit.models import DATA, embedded
+from steerkit.tiny import gates
+from steerkit.tiny.card import card, chat_gates, stream_gates
 
 BOOKS = [{"text": text} for text in ("One dog.", "Two cats.", "Three birds.")]
 

@@ -8,10 +8,12 @@ from typing import ClassVar
 import pytest
 import torch
 
-from steerkit import gatt, gatt_arms, gatt_eval
 from steerkit.chat import CHATML, Dialogues, Message, check_template, encode, play, prompt, reply
 from steerkit.constraints import FAMILIES, Constraint, values
-from steerkit.world import Question, fact_question
+from steerkit.gatt import dialogues as gatt
+from steerkit.gatt import evaluation as gatt_eval
+from steerkit.tiny import gatt as gatt_arms
+from steerkit.tiny.world import Question, fact_question
 
 FRENCH = Constraint("language", "French")
 CHESS = Constraint("hobby", "chess")

@@ -17,12 +17,17 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import steerkit
-from steerkit import gatt, gatt_arms, gatt_eval, gatt_training, runner, world
+from steerkit.attention.maps import attention_map
 from steerkit.chat import CHATML, encode, prompt
 from steerkit.constraints import FAMILIES
-from steerkit.gatt_training import IGNORED, Settings, check_rows, make_trainer, train
-from steerkit.maps import attention_map
+from steerkit.gatt import dialogues as gatt
+from steerkit.gatt import evaluation as gatt_eval
+from steerkit.gatt import training as gatt_training
+from steerkit.gatt.training import IGNORED, Settings, check_rows, make_trainer, train
+from steerkit.lab import runner
 from steerkit.results import ROOT
+from steerkit.tiny import gatt as gatt_arms
+from steerkit.tiny import world
 
 SMALL = Settings(steps=4, batch=2, warmup=1, rank=4, save_every=2, lr=1e-2)
 

@@ -14,10 +14,9 @@ import pytest
 import tiny_models
 import torch
 
-from steerkit import replay, search
-from steerkit.cli import main
-from steerkit.emphasis import Head, emphasise
-from steerkit.heads import (
+from steerkit.lab.cli import main
+from steerkit.steering import replay, search
+from steerkit.steering.head_search import (
     HeadTable,
     Prompt,
     chance_overlap,
@@ -37,9 +36,10 @@ from steerkit.heads import (
     union,
     write_heads,
 )
-from steerkit.screening import bias_slopes, compared, lost, screen_heads
-from steerkit.task_data import TASKS
-from steerkit.tasks import prompts
+from steerkit.steering.pasta import Head, emphasise
+from steerkit.steering.screening import bias_slopes, compared, lost, screen_heads
+from steerkit.steering.tasks import prompts
+from steerkit.tiny.tasks import TASKS
 
 SIZE = (2, 4)
 
@@ -240,8 +240,8 @@ def test_a_search_goes_on_where_its_file_ends(llama, table, tmp_path, monkeypatc
 
 CHILD = """
 import sys, time, torch, tiny_models
-from steerkit import search
-from steerkit.heads import score_heads
+from steerkit.steering import search
+from steerkit.steering.head_search import score_heads
 from test_heads import some_prompts
 slow = float(sys.argv[2])
 whole = search._replayed
@@ -302,7 +302,7 @@ def test_two_processes_share_the_heads_and_both_get_the_table(table, tmp_path):
     script.write_text(
         "import os, sys, torch, tiny_models\n"
         "from accelerate import PartialState\n"
-        "from steerkit.heads import load_table, score_heads\n"
+        "from steerkit.steering.head_search import load_table, score_heads\n"
         "from test_heads import some_prompts\n"
         "state = PartialState(cpu=True)\n"
         "assert state.num_processes == 2\n"
@@ -470,7 +470,7 @@ def test_the_screen_finds_what_the_whole_search_finds(tiny):
 
 def test_halving_doubles_the_prompts_until_all_are_met(monkeypatch):
     model = tiny_models.tiny("llama", num_hidden_layers=12, num_attention_heads=4)
-    from steerkit import screening
+    from steerkit.steering import screening
 
     monkeypatch.setattr(screening, "rank", lambda mean: every_head(12, 4)[::-1])
     examples = some_prompts(5)
@@ -504,7 +504,7 @@ def test_what_is_compared_is_what_the_searches_return(llama):
 
 
 def screen_of(heads):
-    from steerkit.screening import Screen
+    from steerkit.steering.screening import Screen
 
     scores = torch.full_like(A.scores, math.nan)
     for head in heads:

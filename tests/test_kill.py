@@ -17,7 +17,8 @@ import pytest
 from conftest import write_notebook
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steerkit import cli, gatt
+from steerkit.gatt import dialogues as gatt
+from steerkit.lab import cli
 from steerkit.results import write_json
 
 CLAIM = """from steerkit.results import figures_dir, save_claim
@@ -29,7 +30,7 @@ WAIT = """import pathlib, time
 pathlib.Path("started").touch()
 while not pathlib.Path("go").exists():
     time.sleep(0.05)"""
-RUN = "import sys; from pathlib import Path; from steerkit import cli\n" \
+RUN = "import sys; from pathlib import Path; from steerkit.lab import cli\n" \
       "sys.exit(cli.main(['run', *sys.argv[2:]], root=Path(sys.argv[1])))"  # fmt: skip
 
 

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, Qwen2Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from steerkit.attention import Call, attach, attention_weights, install, softmax_off_by_one
-from steerkit.emphasis import emphasise
-from steerkit.maps import attention_map, group_share, received, span_attention, span_share
-from steerkit.relatives import spotlight
+from steerkit.attention.hook import Call, attach, attention_weights, install, softmax_off_by_one
+from steerkit.attention.maps import attention_map, group_share, received, span_attention, span_share
+from steerkit.steering.other_methods import spotlight
+from steerkit.steering.pasta import emphasise
 
 T, BINS, SKIP = 90, 7, 3  # beyond the sliding windows of 64; bins of 12 and of 13 tokens
 SPANS = [(4, 9), (7, 12), (40, 41)]
@@ -109,7 +109,7 @@ def test_chunks_do_not_show(
         group_share(llama, ids, groups, groups),
         span_share(llama, ids, SPANS),
     )
-    monkeypatch.setattr("steerkit.attention._CHUNK_NUMBERS", 4 * T * 5)  # five rows
+    monkeypatch.setattr("steerkit.attention.hook._CHUNK_NUMBERS", 4 * T * 5)  # five rows
     torch.testing.assert_close(attention_map(llama, ids, bins=BINS, reduce=reduce), whole[0])
     torch.testing.assert_close(group_share(llama, ids, groups, groups), whole[1])
     torch.testing.assert_close(span_share(llama, ids, SPANS), whole[2])
@@ -118,7 +118,7 @@ def test_chunks_do_not_show(
 def test_received_is_what_each_key_gets_from_some_queries(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("steerkit.attention._CHUNK_NUMBERS", 4 * T * 7)  # seven rows a chunk
+    monkeypatch.setattr("steerkit.attention.hook._CHUNK_NUMBERS", 4 * T * 7)  # seven rows a chunk
     weights = attention_weights(llama, tokens(1, T))
     ask = partial(received, llama, tokens(1, T), (20, 45))
     torch.testing.assert_close(ask(), weights[:, :, 20:45].amax((0, 1, 2)))

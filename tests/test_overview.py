@@ -1,7 +1,7 @@
 import json
 import shutil
 
-from steerkit import overview
+from steerkit.lab import overview
 from steerkit.results import ROOT
 
 

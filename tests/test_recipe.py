@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from steerkit import recipe
 from steerkit.models import DATA
-from steerkit.recipe import Phase, Recipe, llama
+from steerkit.tiny import recipe
+from steerkit.tiny.recipe import Phase, Recipe, llama
 
 SHAPE = {
     "vocab_size": 32,

@@ -12,9 +12,9 @@ from tiny_models import tiny, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from steerkit.attention import Call, attach
-from steerkit.emphasis import Head, emphasise
-from steerkit.relatives import additive_bias, instaboost, split_softmax, spotlight
+from steerkit.attention.hook import Call, attach
+from steerkit.steering.other_methods import additive_bias, instaboost, split_softmax, spotlight
+from steerkit.steering.pasta import Head, emphasise
 
 INSIDE = factor_of(SPANS, 40, 0.0).bool()
 ALL = [Head(layer, index) for layer in range(2) for index in range(4)]

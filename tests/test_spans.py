@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from steerkit.chat import Message, prompt
-from steerkit.emphasis import Head, emphasise
 from steerkit.spans import encode, find_span, find_spans, message_span, read_marks
+from steerkit.steering.pasta import Head, emphasise
 
 TEXT = (
     "Reply in French.\n\nAnna likes tea, and the steak tastes of tea. Ça coûte 5 € 😀 naïve. "

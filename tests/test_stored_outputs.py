@@ -16,7 +16,7 @@ import pytest
 from conftest import PARAMETERS, write_notebook
 from nbval.plugin import get_sanitize_patterns
 
-from steerkit import cli, runner
+from steerkit.lab import cli, runner
 from steerkit.results import ROOT
 
 SANITIZE = ROOT / "tests" / "nbval_sanitize.cfg"
@@ -128,7 +128,7 @@ def test_committed_outputs_are_reproduced(path: Path, tmp_path: Path) -> None:
 # The checks themselves, on a small notebook that is clean until a test spoils it.
 
 FIGURE = """import matplotlib.pyplot as plt
-from steerkit.plots import show
+from steerkit.viz.plots import show
 from steerkit.results import figures_dir
 fig, ax = plt.subplots(figsize=(1, 1))
 show(fig, "a", out=figures_dir(PROFILE, "01"), caption="No line.", alt="Empty axes.", values={})"""

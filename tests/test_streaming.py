@@ -19,10 +19,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from steerkit.attention import attention_weights, install, softmax_off_by_one
-from steerkit.rotary import Rotation, learn_rotations
-from steerkit.sink_cache import SinkCache
-from steerkit.streameval import (
+from steerkit.attention.hook import attention_weights, install, softmax_off_by_one
+from steerkit.attention.rope import Rotation, learn_rotations
+from steerkit.streaming.latency import decode_pace, interleaved
+from steerkit.streaming.losses import (
+    recomputed_losses,
+    stream_chat,
+    token_hits,
+    token_losses,
+    window_drift,
+)
+from steerkit.streaming.sink_cache import SinkCache
+from steerkit.streaming.stream_eval import (
     EvalStream,
     Fact,
     Query,
@@ -30,14 +38,6 @@ from steerkit.streameval import (
     eval_hits,
     eval_stream,
 )
-from steerkit.streaming import (
-    recomputed_losses,
-    stream_chat,
-    token_hits,
-    token_losses,
-    window_drift,
-)
-from steerkit.timing import decode_pace, interleaved
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 ROTARY = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt_neox", "olmo2", "smollm3"]
@@ -578,7 +578,7 @@ def test_eval_stream_asks_for_lines_that_are_there() -> None:
 def test_hits_need_every_token_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     hits = torch.ones(1, 19, dtype=torch.bool)
     hits[0, 9] = False  # token 10 is not what the model would say
-    monkeypatch.setattr("steerkit.streameval.token_hits", lambda *_, **__: hits)
+    monkeypatch.setattr("steerkit.streaming.stream_eval.token_hits", lambda *_, **__: hits)
     queries = [Query(8, 10, 5, 1), Query(9, 11, 5, 2), Query(11, 13, 5, 2), Query(10, 12, 1, 2)]
     stream = EvalStream(torch.zeros(1, 20, dtype=torch.long), queries)
     found = eval_hits(None, stream, sinks=4, window=8)
@@ -613,7 +613,7 @@ def test_the_door_stays_out_of_a_stream_s_way(llama: PreTrainedModel) -> None:
 
 def test_interleaved_steps_take_turns_and_report_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, order = iter([0, 9, 0, 9, 0, 1, 0, 4, 0, 2, 0, 5, 0, 9, 0, 6]), []
-    monkeypatch.setattr("steerkit.timing._now", lambda: next(clock))
+    monkeypatch.setattr("steerkit.streaming.latency._now", lambda: next(clock))
     steps = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
     assert interleaved(steps, repeats=3, warmup=1) == {"a": 2, "b": 5}
     assert "".join(order) == "abababab"

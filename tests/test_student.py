@@ -11,14 +11,15 @@ import pytest
 from conftest import PARAMETERS, NotebookMaker
 from nbformat import NotebookNode
 
-from steerkit import cli, student
+from steerkit.lab import cli
+from steerkit.lab import exercises as student
+from steerkit.lab.exercises import exercise, exercises, student_copy
 from steerkit.results import ROOT
-from steerkit.student import exercise, exercises, student_copy
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SECRET = "N * 21"
 FIGURE = """import matplotlib.pyplot as plt
-from steerkit.plots import show
+from steerkit.viz.plots import show
 from steerkit.results import figures_dir
 fig, ax = plt.subplots(figsize=(1, 1))
 show(fig, "a", out=figures_dir(PROFILE, "01"), caption="None.", alt="Empty axes.", values={})"""
@@ -49,7 +50,7 @@ def build() -> NotebookNode:
     new = nbformat.v4
     cells = [
         new.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
-        new.new_code_cell("from steerkit.student import exercise\nprint('told')"),
+        new.new_code_cell("from steerkit.lab.exercises import exercise\nprint('told')"),
     ]
     for question, code in ASKED:
         cells.append(new.new_markdown_cell(question))

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from steerkit.chat import Message, prompt, reply
-from steerkit.emphasis import emphasise
 from steerkit.spans import find_span
-from steerkit.task_data import TASKS, load_task, task_of
-from steerkit.tasks import (
+from steerkit.steering.pasta import emphasise
+from steerkit.steering.tasks import (
     Example,
     compare,
     consistency,
@@ -34,6 +33,7 @@ from steerkit.tasks import (
     pronouns_strict,
     states_value,
 )
+from steerkit.tiny.tasks import TASKS, load_task, task_of
 
 EVERY = pytest.mark.parametrize("name", list(TASKS))
 FORMS = pytest.mark.parametrize("conflict", [False, True], ids=["easy", "conflict"])

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from steerkit import gates
-from steerkit.world import market_words
+from steerkit.tiny import gates
+from steerkit.tiny.world import market_words
 
 
 def test_a_file_is_read_as_its_text_would_be(tiny, tmp_path: Path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from steerkit.training import fit, next_token_loss, schedule
+from steerkit.fit import fit, next_token_loss, schedule
 
 
 def small_model(seed: int = 0) -> LlamaForCausalLM:

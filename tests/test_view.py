@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steerkit.chat import Message
 from steerkit.turns import Turn, turns
-from steerkit.view import _SHADES, attention_page, token_texts
+from steerkit.viz.html import _SHADES, attention_page, token_texts
 
 TEXTS = ["Say", " <b>", ' "no" & go', "\n", "<script>alert(1)</script>"]
 VALUES = torch.tensor([0.0, 0.25, 0.5, 1.0, 0.123456])

@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steerkit import widgets
+from steerkit.attention.maps import span_share
 from steerkit.chat import Message
-from steerkit.emphasis import emphasise
-from steerkit.maps import span_share
 from steerkit.spans import encode, read_marks
+from steerkit.steering.pasta import emphasise
 from steerkit.turns import turns
-from steerkit.widgets import (
+from steerkit.viz import widgets
+from steerkit.viz.widgets import (
     Explorer,
     explore_attention,
     explore_steering,

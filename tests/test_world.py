@@ -5,7 +5,6 @@ from itertools import islice
 
 import pytest
 
-from steerkit import world
 from steerkit.chat import render
 from steerkit.constraints import (
     EXCLUSIVE,
@@ -16,6 +15,7 @@ from steerkit.constraints import (
     compatible,
     values,
 )
+from steerkit.tiny import world
 
 
 def rng(seed: int = 0) -> random.Random:
