@@ -25,9 +25,10 @@ from steerkit.lab import runner
 from steerkit.spans import find_span
 from steerkit.steering import head_search as heads
 from steerkit.steering.pasta import emphasise
-from steerkit.streaming import backcopy, stream_chat
+from steerkit.streaming import backcopy
 from steerkit.streaming import latency as timing
 from steerkit.streaming import stream_eval as streameval
+from steerkit.streaming.losses import stream_chat
 from steerkit.streaming.sink_cache import SinkCache
 from steerkit.tiny import gates, recipe, world
 from steerkit.tiny import tasks as task_data
