@@ -263,6 +263,8 @@ class SinkCache(Cache):
     ValueError. Inference only.
     """
 
+    evicts = True  # asked by methods that need all keys of the prompt, at their places
+
     def __init__(self, model: PreTrainedModel, *, sinks: int = 4, window: int = 1020) -> None:
         for name, value in {"sinks": sinks, "window": window}.items():
             if not isinstance(value, int):
