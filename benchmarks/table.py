@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from steerkit.results import write_json
+from steerkit.files import write_json
 
 HERE = Path(__file__).resolve().parent
 

@@ -16,7 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from steerkit.results import ROOT, paper_result, write_text
+from steerkit.files import ROOT, write_text
+from steerkit.results import paper_result
 
 NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 TASKS = ("JSON", "Pronouns", "BiasBios", "CounterFact")

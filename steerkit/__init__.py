@@ -11,10 +11,11 @@ from steerkit.attention.hook import (
     value_norms,
 )
 from steerkit.attention.maps import attention_map, group_share, received, span_attention, span_share
-from steerkit.chat import Message, play, reply
+from steerkit.chat import Message, chat_batch, reply
 from steerkit.models import load
-from steerkit.results import bootstrap, figures_dir, paper_result, save_claim
+from steerkit.results import figures_dir, paper_result, save_claim
 from steerkit.spans import find_span, find_spans, message_span, read_marks
+from steerkit.statistics import bootstrap
 from steerkit.steering.other_methods import additive_bias, instaboost, split_softmax, spotlight
 from steerkit.steering.pasta import Head, emphasise
 from steerkit.streaming.losses import recomputed_losses, stream_chat, token_hits, token_losses
@@ -32,6 +33,7 @@ __all__ = [
     "attention_map",
     "attention_weights",
     "bootstrap",
+    "chat_batch",
     "emphasise",
     "eval_hits",
     "eval_stream",
@@ -45,7 +47,6 @@ __all__ = [
     "load",
     "message_span",
     "paper_result",
-    "play",
     "read_marks",
     "received",
     "recomputed_losses",

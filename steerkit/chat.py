@@ -28,13 +28,13 @@ def render(messages: Sequence[Message]) -> str:
     return "".join(f"<|{m.role}|>{m.content}<|end|>" for m in messages)
 
 
-def prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Token ids of a dialogue, opened for the assistant's next reply."""
     rows = [m._asdict() for m in messages]
     return tokenizer.apply_chat_template(rows, add_generation_prompt=True, return_dict=False)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+def dialogue_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Token ids of a dialogue as it stands, not opened for a reply."""
     return tokenizer.apply_chat_template([m._asdict() for m in messages], return_dict=False)
 
@@ -50,7 +50,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
             "the tokenizer has no chat template: take a chat model, or set tokenizer.chat_template"
         )
     said = "\u2042"  # a user message that no template contains
-    ids = prompt(tokenizer, [Message("user", said)])
+    ids = prompt_ids(tokenizer, [Message("user", said)])
     before = tokenizer.decode(ids, skip_special_tokens=True).split(said)[0]
     words = re.sub(r"\b(system|user|human|assistant|model|im_start|start_of_turn)\b", "", before)
     if len(re.findall(r"\w{2,}", words)) > 2:
@@ -74,7 +74,7 @@ def reply(
     replies = [""] * len(dialogues)
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
-        ids = [prompt(tokenizer, dialogues[i]) for i in rows]
+        ids = [prompt_ids(tokenizer, dialogues[i]) for i in rows]
         inputs = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
         inputs = inputs.to(model.device)
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
@@ -86,7 +86,7 @@ def reply(
     return replies
 
 
-class Dialogues:
+class BatchedChat:
     """A batch of dialogues whose keys and values stay between turns.
 
     What the cache already holds is not read again: twenty turns cost one pass over the text and
@@ -123,7 +123,7 @@ class Dialogues:
         temperature: float = 0.0,
     ) -> list[str]:
         """The next reply to each dialogue: greedy, or sampled with torch's global generator."""
-        wanted = [prompt(self.tokenizer, row) for row in messages]
+        wanted = [prompt_ids(self.tokenizer, row) for row in messages]
         inputs, mask = self._advance(wanted)
         sampling = {"temperature": temperature, "top_k": 0} if temperature > 0 else {}
         out = self.model.generate(
@@ -177,7 +177,7 @@ def _length(row: Tensor, stops: set[int]) -> int:
     return next((i + 1 for i, token in enumerate(row.tolist()) if token in stops), len(row))
 
 
-def play(
+def chat_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     users: Sequence[Sequence[str]],
@@ -190,7 +190,7 @@ def play(
     for start in range(0, len(users), batch):
         texts = users[start : start + batch]
         dialogues: list[list[Message]] = [[] for _ in texts]
-        talk = Dialogues(model, tokenizer)
+        talk = BatchedChat(model, tokenizer)
         for turn in range(len(texts[0])):
             for dialogue, row in zip(dialogues, texts, strict=True):
                 dialogue.append(Message("user", row[turn]))

@@ -5,11 +5,12 @@ the Llama 2 paper's appendix A.3.5 and formats for real chat models (data/constr
 """
 
 import json
+import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from steerkit.models import DATA
+from steerkit.files import DATA
 
 TABLES: dict = json.loads((DATA / "world.json").read_text(encoding="utf-8"))
 REAL: dict = json.loads((DATA / "constraints.json").read_text(encoding="utf-8"))
@@ -71,6 +72,21 @@ class Constraint(NamedTuple):
     def recalled(self, reply: str) -> bool:
         """Does an answer to the probe name the instruction's value?"""
         return re.search(rf"(?<!\w){re.escape(self.value)}(?!\w)", reply, re.IGNORECASE) is not None
+
+
+class Question(NamedTuple):
+    """What the user says, and what is to be told: subject, attribute, value."""
+
+    text: str
+    subject: str
+    attribute: str
+    value: str
+
+
+def instruct(rng: random.Random, constraints: Sequence[Constraint]) -> str:
+    """The instructions in words, half of the time in their short form."""
+    short = rng.random() < 0.5
+    return " ".join(c.texts()[-1] if short else rng.choice(c.texts()[:-1]) for c in constraints)
 
 
 def _table_of(family: str, table: str) -> dict:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from steerkit.results import write_text
+from steerkit.files import write_text
 
 Batches = Callable[[int], Tensor]
 

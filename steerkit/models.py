@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-DATA = Path(__file__).resolve().parent.parent / "data"
+from steerkit.files import DATA
 
 
 def load(

@@ -6,14 +6,23 @@ the left and moves them. Every span is checked by decoding its tokens back.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from steerkit.chat import Message
 
 Prompt = str | Sequence[Message]
+Span = tuple[int, int] | tuple[int, int, float]
+"""Tokens [start, end) of the prompt, left padding counted; a third number is the span's alpha."""
+Spans = Tensor | Sequence[Sequence[Span]]
+"""A bool mask (B,T), True = emphasised, or for each row of the batch its list of spans."""
+Reduce = Callable[..., Tensor]
+"""Called as reduce(values, dim=-1), as in `torch.amax`, or `partial(torch.quantile, q=0.99)`."""
 _MARKS = re.compile(r"\*\*(.+?)\*\*|<em>(.+?)</em>", re.DOTALL)
 _LOOSE = re.compile(r"\*\*|</?em>")
 
@@ -129,6 +138,108 @@ def encode(
         [(pad + start, pad + end) for start, end in row]
         for pad, row in zip(pads, spans, strict=True)
     ]
+
+
+def span_mask(spans: Spans) -> tuple[Tensor, bool]:
+    """Bool (B,T), True = in a span, and whether T is the prompt's length or only the last end."""
+    if isinstance(spans, Tensor):
+        if spans.dtype != torch.bool or spans.ndim != 2:
+            raise ValueError(
+                f"spans of {spans.dtype} and shape {tuple(spans.shape)}: expected a bool mask "
+                "(B, T), True = emphasised"
+            )
+        if empty := (~spans.any(dim=1)).nonzero().flatten().tolist():
+            raise ValueError(f"rows {empty} of the mask are empty: mark at least one token each")
+        return spans.detach().cpu().clone(), True
+    ends = [_last_end(row, number) for number, row in enumerate(spans)]
+    if not ends:
+        raise ValueError("no spans: expected for each row a list of (start, end), as [[(5, 12)]]")
+    inside = torch.zeros(len(ends), max(ends), dtype=torch.bool)
+    for row, each in zip(inside, spans, strict=True):
+        for start, end, *_ in each:
+            row[start:end] = True
+    return inside, False
+
+
+def _last_end(row: Sequence[Span], number: int) -> int:
+    if not isinstance(row, Sequence) or not row or not all(_is_span(span) for span in row):
+        raise ValueError(
+            f"row {number} of the spans is {row!r}: expected a list of at least one (start, end), "
+            "as in [[(5, 12)]] for one prompt"
+        )
+    for start, end, *_ in row:
+        if not 0 <= start < end:
+            raise ValueError(
+                f"row {number}: span [{start}, {end}) is empty, reversed or negative: expected "
+                "0 <= start < end"
+            )
+    return max(span[1] for span in row)
+
+
+def _is_span(span: object) -> bool:
+    return isinstance(span, Sequence) and len(span) in (2, 3)
+
+
+class Turn(NamedTuple):
+    """The tokens [start, end) of one message, its role's marks included.
+
+    Turn n is the n-th user message and the reply to it; what comes before is turn 0.
+    """
+
+    number: int
+    role: str
+    start: int
+    end: int
+
+
+def find_turns(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+) -> tuple[Tensor, list[Turn]]:
+    """Token ids (1,T) of a dialogue and where its messages stand, from the chat template.
+
+    Each message reaches from where the template's text grows by it. Raises ValueError for a
+    template that rewrites earlier text, where no message has a place of its own.
+    """
+    if not messages:
+        raise ValueError("no messages: give at least one")
+    rows = [message._asdict() for message in messages]
+    texts = [tokenizer.apply_chat_template(rows[: n + 1], tokenize=False) for n in range(len(rows))]
+    if rewritten := [n for n, text in enumerate(texts) if not texts[-1].startswith(text)]:
+        raise ValueError(
+            f"the chat template rewrites message {rewritten[0]} when others follow, so messages "
+            "have no place of their own; use a template that only appends"
+        )
+    encoded = tokenizer(texts[-1], add_special_tokens=False, return_offsets_mapping=True)
+    starts = torch.tensor([start for start, _ in encoded["offset_mapping"]])
+    ends = [int((starts < len(text)).sum()) for text in texts]
+    numbers = accumulate(int(message.role == "user") for message in messages)
+    places = zip(numbers, messages, [0, *ends], ends, strict=False)
+    return (
+        torch.tensor([encoded["input_ids"]]),
+        [Turn(number, message.role, start, end) for number, message, start, end in places],
+    )
+
+
+def turn_of(turns: Sequence[Turn]) -> Tensor:
+    """Number of the turn that each token belongs to: (T,)."""
+    return torch.cat([torch.full((turn.end - turn.start,), turn.number) for turn in turns])
+
+
+def reduce_by_turn(
+    values: Tensor, turns: Sequence[Turn], *, role: str = "assistant", reduce: Reduce = torch.mean
+) -> Tensor:
+    """`reduce` values (...,T) over the tokens of each message of `role`, in order -> (...,N)."""
+    if values.shape[-1] != turns[-1].end:
+        raise ValueError(
+            f"values of {values.shape[-1]} tokens, turns of {turns[-1].end}: they belong to "
+            "different texts"
+        )
+    rows = [reduce(values[..., t.start : t.end], dim=-1) for t in turns if t.role == role]
+    if not rows:
+        raise ValueError(
+            f"no message of role {role!r}: there are {sorted({t.role for t in turns})}"
+        )
+    return torch.stack(rows, dim=-1)
 
 
 class _Text(NamedTuple):

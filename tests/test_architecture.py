@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from steerkit.results import ROOT
+from steerkit.files import ROOT
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 FILES = {p.stem: p for p in (ROOT / "steerkit").glob("*.py") if not p.stem.startswith("__")}

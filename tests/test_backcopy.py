@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from steerkit import attention_weights, recomputed_losses, token_losses
+from steerkit.files import data_file
 from steerkit.fit import next_token_loss
-from steerkit.results import data_file
 from steerkit.streaming import backcopy
 from steerkit.streaming.backcopy import CACHE, RUNS, Recipe
 

@@ -16,7 +16,16 @@ import torch
 from conftest import write_notebook
 
 import steerkit
-from steerkit import constraints, models, recomputed_losses, results, token_losses, turns
+from steerkit import (
+    constraints,
+    files,
+    models,
+    recomputed_losses,
+    results,
+    spans,
+    statistics,
+    token_losses,
+)
 from steerkit import fit as training
 from steerkit.attention import hook as attention
 from steerkit.attention import maps
@@ -232,7 +241,7 @@ ROWS: list[Row] = [
      "skip=32: expected 0 <= skip < 32"),
     ("a reduction", lambda k: maps.attention_map(k.model, k.ids, bins=4, reduce="median"),
      'reduce=\'median\': expected "max", "mean" or a function'),
-    ("no messages", lambda k: turns.turns(k.tokenizer, []), "no messages: give at least"),
+    ("no messages", lambda k: spans.find_turns(k.tokenizer, []), "no messages: give at least"),
     ("no tokens", lambda k: view.attention_page([], [], title="t"),
      "no tokens to show: give at least one"),
     ("values of other tokens", lambda k: view.attention_page(["a", "b"], [1.0], title="t"),
@@ -265,10 +274,10 @@ ROWS: list[Row] = [
     ),
     ("an unknown paper result", lambda k: results.paper_result("streaming.tabel1"),
      "tabel1.*is not in data/paper_results.json; near: .*streaming.table1", KeyError),
-    ("a value without an axis", lambda k: results.bootstrap(torch.tensor(1.0)),
+    ("a value without an axis", lambda k: statistics.bootstrap(torch.tensor(1.0)),
      r"shape \(\): expected at least 2"),
-    ("one value", lambda k: results.bootstrap(torch.ones(1)), r"\(1,\): exp.* at least 2"),
-    ("a data file", lambda k: results.data_file("x.json"), "runs from a clone", FileNotFoundError),
+    ("one value", lambda k: statistics.bootstrap(torch.ones(1)), r"\(1,\): exp.* at least 2"),
+    ("a data file", lambda k: files.data_file("x.json"), "runs from a clone", FileNotFoundError),
     # Recipes and trainings
     ("an arm", lambda k: backcopy.Recipe(arm="x"), "arm='x': expected one of vanilla"),
     ("no triggers", lambda k: backcopy.Recipe(triggers=0), "triggers=0: expected 0 < tri"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from steerkit.results import ROOT
+from steerkit.files import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
 NAMES = sorted(p.stem for p in BENCHMARKS.glob("*.py") if p.stem not in ("collect", "table"))

@@ -20,7 +20,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from steerkit.results import ROOT
+from steerkit.files import ROOT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NAME = "02_attention_heatmaps"

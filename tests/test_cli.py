@@ -15,8 +15,8 @@ import torch
 from conftest import NotebookMaker
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from steerkit.files import ROOT
 from steerkit.lab import cli, memory, runner
-from steerkit.results import ROOT
 
 CLAIM = """import os, pathlib
 from steerkit.results import figures_dir, save_claim

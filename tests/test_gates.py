@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from steerkit.models import DATA, embedded
+from steerkit.files import DATA
+from steerkit.models import embedded
 from steerkit.tiny import gates
 from steerkit.tiny.card import card, chat_gates, stream_gates
 

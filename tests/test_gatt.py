@@ -8,12 +8,21 @@ from typing import ClassVar
 import pytest
 import torch
 
-from steerkit.chat import CHATML, Dialogues, Message, check_template, encode, play, prompt, reply
-from steerkit.constraints import FAMILIES, Constraint, values
+from steerkit.chat import (
+    CHATML,
+    BatchedChat,
+    Message,
+    chat_batch,
+    check_template,
+    dialogue_ids,
+    prompt_ids,
+    reply,
+)
+from steerkit.constraints import FAMILIES, Constraint, Question, values
 from steerkit.gatt import dialogues as gatt
 from steerkit.gatt import evaluation as gatt_eval
 from steerkit.tiny import gatt as gatt_arms
-from steerkit.tiny.world import Question, fact_question
+from steerkit.tiny.world import fact_question
 
 FRENCH = Constraint("language", "French")
 CHESS = Constraint("hobby", "chess")
@@ -196,7 +205,7 @@ def test_rows_are_cut_at_every_probe():
 # Sampling
 
 
-class Scripted(gatt.Dialogues):
+class Scripted(gatt.BatchedChat):
     """Candidates by script; records which rows were kept."""
 
     script: ClassVar[list] = []
@@ -220,7 +229,7 @@ def test_the_best_candidate_goes_on_by_verifier_then_by_reward(monkeypatch):
         [plain, plain, plain, short, long, long],
     ]
     Scripted.kept = []
-    monkeypatch.setattr(gatt, "Dialogues", Scripted)
+    monkeypatch.setattr(gatt, "BatchedChat", Scripted)
     tokenizer = type("T", (), {})()
     monkeypatch.setattr(gatt, "check_template", lambda _: None)
     plan = gatt.Plan((CHESS,), "Hobby: chess.", questions("A?", "B?"))
@@ -286,7 +295,7 @@ def test_a_kept_cache_gives_the_replies_of_fresh_prompts(tiny):
         ["Where does Anna Adler live?", "Hi."],
         ["Hobby: chess. Which pet does Leon Lindt have?", "Ok?"],
     ]
-    talk, rows = Dialogues(*tiny), [[Message("user", u[0])] for u in users]
+    talk, rows = BatchedChat(*tiny), [[Message("user", u[0])] for u in users]
     texts = talk.reply(rows)
     assert texts == reply(*tiny, rows)
     forced = [
@@ -314,13 +323,13 @@ def test_what_the_cache_holds_is_not_read_again(tiny, monkeypatch):
         model, "forward", lambda *a, **k: read.append(k["input_ids"].numel()) or inner(*a, **k)
     )
     users = [["Where does Anna Adler live?"] * 4]
-    replies = play(model, tokenizer, users)[0]
+    replies = chat_batch(model, tokenizer, users)[0]
     messages = [
         m
         for u, r in zip(users[0], replies, strict=True)
         for m in (Message("user", u), Message("assistant", r))
     ]
-    assert sum(read) <= len(encode(tokenizer, messages)) + len(users[0])
+    assert sum(read) <= len(dialogue_ids(tokenizer, messages)) + len(users[0])
 
 
 def test_sampling_draws_from_torchs_generator_and_restores_it(tiny):
@@ -345,7 +354,7 @@ def test_survival_and_forgetting_on_a_worked_example():
 def test_adherence_of_the_models_own_dialogue_is_what_play_says(tiny):
     plans = [plan_of(seed, turns=3, family=f) for seed, f in enumerate(("hobby", "emoji", "json"))]
     found = gatt_eval.adherence_by_turn(*tiny, plans, probe_turns=[2], batch=2)
-    replies = play(*tiny, [[p.message(t, every=False) for t in range(3)] for p in plans])
+    replies = chat_batch(*tiny, [[p.message(t, every=False) for t in range(3)] for p in plans])
     assert found.replies == replies
     obeyed = [
         [float(p.constraints[0].obeyed(r)) for r in row]
@@ -395,7 +404,7 @@ def test_the_divergence_from_the_teacher_is_the_sum_over_the_vocabulary(tiny):
     total = 0.0
     for k in range(len(ids)):
         p, q = (
-            model(torch.tensor([prompt(tokenizer, gatt.history(s, 1, every=e)) + ids[:k]]))
+            model(torch.tensor([prompt_ids(tokenizer, gatt.history(s, 1, every=e)) + ids[:k]]))
             .logits[0, -1]
             .double()
             .softmax(-1)
@@ -502,5 +511,5 @@ def test_bad_input_gets_one_line(make, message):
 
 
 def test_a_model_names_its_own_values(tiny, monkeypatch):
-    monkeypatch.setattr(Dialogues, "reply", lambda *_, **__: ["1. Chess\n2. Go", "Go, Tennis"])
+    monkeypatch.setattr(BatchedChat, "reply", lambda *_, **__: ["1. Chess\n2. Go", "Go, Tennis"])
     assert gatt.own_values(*tiny, "hobbies", n=3, rounds=2) == ["Chess", "Go", "Tennis"]

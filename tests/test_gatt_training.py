@@ -18,14 +18,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import steerkit
 from steerkit.attention.maps import attention_map
-from steerkit.chat import CHATML, encode, prompt
+from steerkit.chat import CHATML, dialogue_ids, prompt_ids
 from steerkit.constraints import FAMILIES
+from steerkit.files import ROOT
 from steerkit.gatt import dialogues as gatt
 from steerkit.gatt import evaluation as gatt_eval
 from steerkit.gatt import training as gatt_training
 from steerkit.gatt.training import IGNORED, Settings, check_rows, make_trainer, train
 from steerkit.lab import runner
-from steerkit.results import ROOT
 from steerkit.tiny import gatt as gatt_arms
 from steerkit.tiny import world
 
@@ -68,8 +68,10 @@ def test_only_the_last_reply_carries_loss_in_every_row(tiny, tmp_path):
     assert len(trainer.train_dataset) == len(rows) == 72
     found = {tuple(row["input_ids"]): row["labels"] for row in trainer.train_dataset}
     for row in rows:
-        before = prompt(tiny[1], [gatt.Message(**m) for m in row["prompt"]])
-        whole = encode(tiny[1], [gatt.Message(**m) for m in row["prompt"] + row["completion"]])
+        before = prompt_ids(tiny[1], [gatt.Message(**m) for m in row["prompt"]])
+        whole = dialogue_ids(
+            tiny[1], [gatt.Message(**m) for m in row["prompt"] + row["completion"]]
+        )
         labels = found[tuple(whole)]  # the row is there, and whole
         assert labels == [IGNORED] * len(before) + whole[len(before) :]
         text = tiny[1].decode(labels[len(before) :], skip_special_tokens=True)
@@ -114,7 +116,7 @@ def test_lora_changes_the_model_and_the_saved_adapter_gives_the_same(tiny, tmp_p
     model, _ = steerkit.load(tmp_path / "base", device="cpu")
     trained, log = train(model, tokenizer, ROWS, out=tmp_path / "run", settings=SMALL)
     assert len(log) == 4 and not any("lora" in name for name, _ in trained.named_parameters())
-    ids = torch.tensor([encode(tokenizer, [gatt.Message("user", "Hobby: chess.")])])
+    ids = torch.tensor([dialogue_ids(tokenizer, [gatt.Message("user", "Hobby: chess.")])])
     again, _ = steerkit.load(tmp_path / "run", device="cpu")
     assert torch.allclose(again(ids).logits, trained(ids).logits, atol=1e-5)
     assert not torch.allclose(base(ids).logits, trained(ids).logits, atol=1e-2)
@@ -146,8 +148,8 @@ def test_dpo_raises_the_chosen_replys_chances_over_the_rejected_ones(tiny, tmp_p
         for row in rows:
             before = [gatt.Message(**x) for x in row["prompt"]]
             for sign, key in ((1, "chosen"), (-1, "rejected")):
-                ids = torch.tensor([encode(tiny[1], [*before, gatt.Message(**row[key][0])])])
-                start = len(prompt(tiny[1], before))
+                ids = torch.tensor([dialogue_ids(tiny[1], [*before, gatt.Message(**row[key][0])])])
+                start = len(prompt_ids(tiny[1], before))
                 with torch.no_grad():
                     logs = m(ids).logits[0, start - 1 : -1].log_softmax(-1)
                 total += sign * logs.gather(1, ids[0, start:, None]).mean().item()
@@ -314,7 +316,9 @@ def test_an_adapter_that_is_not_merged_is_mapped_and_steered_like_the_merged_mod
     torch.manual_seed(0)
     wrapped = get_peft_model(small_model(tiny[1]), config).eval()
     merged = deepcopy(wrapped).merge_and_unload()
-    ids = torch.tensor([encode(tiny[1], [gatt.Message("user", "Hobby: chess. Who are you?")])])
+    ids = torch.tensor(
+        [dialogue_ids(tiny[1], [gatt.Message("user", "Hobby: chess. Who are you?")])]
+    )
     maps_, logits = [], []
     for model in (wrapped, merged):
         with torch.no_grad(), steerkit.emphasise(model, [[(2, 5)]], [(0, 1), (1, 3)]):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from steerkit.results import ROOT
+from steerkit.files import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MAKEFILE = (ROOT / "Makefile").read_text()

@@ -17,9 +17,9 @@ import pytest
 from conftest import write_notebook
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from steerkit.files import write_json
 from steerkit.gatt import dialogues as gatt
 from steerkit.lab import cli
-from steerkit.results import write_json
 
 CLAIM = """from steerkit.results import figures_dir, save_claim
 common = dict(paper=None, n=N, interval=None, seeds=[0], profile=PROFILE, model="tiny")

@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import steerkit
-from steerkit.models import DATA, config_of
+from steerkit.files import DATA
+from steerkit.models import config_of
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import nbformat
 import pytest
 
+from steerkit.files import ROOT
 from steerkit.lab import runner
 from steerkit.lab.exercises import exercises
-from steerkit.results import ROOT
 
 EXPECTED = (
     "00_start_here", "01_gatt_training", "02_attention_heatmaps", "03_pasta_head_search",

@@ -1,8 +1,8 @@
 import json
 import shutil
 
+from steerkit.files import ROOT
 from steerkit.lab import overview
-from steerkit.results import ROOT
 
 
 def test_the_stored_results_of_four_notebooks_become_one_picture(tmp_path):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 
-from steerkit.results import bootstrap
-from steerkit.turns import Turn
+from steerkit.spans import Turn
+from steerkit.statistics import bootstrap
 from steerkit.viz import plots
 
 TEXTS = {"caption": "Loss <falls>; a rise would refute it.", "alt": 'A line "falls" from 2 to 1.'}

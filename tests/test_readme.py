@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from steerkit.results import ROOT
+from steerkit.files import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

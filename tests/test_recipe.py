@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from steerkit.models import DATA
+from steerkit.files import DATA
 from steerkit.tiny import recipe
 from steerkit.tiny.recipe import Phase, Recipe, llama
 

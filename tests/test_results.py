@@ -10,9 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from steerkit import results
+from steerkit import files, results, statistics
 
-PAPER = json.loads((results.ROOT / "data" / "paper_results.json").read_text(encoding="utf-8"))
+PAPER = json.loads((files.ROOT / "data" / "paper_results.json").read_text(encoding="utf-8"))
 
 
 def save(out: Path, name: str = "window", **changes: Any) -> dict[str, Any]:
@@ -93,26 +93,26 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
             file.write(content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
-    results.write_json(tmp_path / "a.json", [1])
+    files.write_json(tmp_path / "a.json", [1])
     with pytest.raises(TypeError):
-        results.write_json(tmp_path / "a.json", [object()])
+        files.write_json(tmp_path / "a.json", [object()])
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        results.write_json(tmp_path / "a.json", [2, 3, 4])
+        files.write_json(tmp_path / "a.json", [2, 3, 4])
     assert json.loads((tmp_path / "a.json").read_text()) == [1]
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_json_holds_tensors_arrays_and_infinity(tmp_path: Path) -> None:
     value = {"t": torch.tensor([1.5, 2.0]), "a": np.float32(0.5), 3: float("inf"), "p": Path("x")}
-    results.write_json(tmp_path / "a.json", value)
+    files.write_json(tmp_path / "a.json", value)
     back = json.loads((tmp_path / "a.json").read_text())
     assert back == {"t": [1.5, 2.0], "a": 0.5, "3": "inf", "p": "x"}
 
 
 def test_bootstrap_interval_is_the_normal_one_for_many_values() -> None:
     values = torch.randn(4000, generator=torch.Generator().manual_seed(1), dtype=torch.double)
-    mean, low, high = results.bootstrap(values)
+    mean, low, high = statistics.bootstrap(values)
     half = 1.96 * values.std().item() / 4000**0.5
     assert mean == pytest.approx(values.mean().item())
     assert low == pytest.approx(mean - half, abs=half / 10)
@@ -122,24 +122,24 @@ def test_bootstrap_interval_is_the_normal_one_for_many_values() -> None:
 def test_bootstrap_leaves_out_a_block_without_numbers() -> None:
     values = torch.arange(12.0)
     values[4:8] = torch.nan
-    mean, low, high = results.bootstrap(values, block=4)
+    mean, low, high = statistics.bootstrap(values, block=4)
     assert mean == 5.5 and low >= 1.5 and high <= 9.5
 
 
 def test_bootstrap_resamples_rows_together_and_repeats_exactly() -> None:
     column = torch.randn(50)
-    mean, low, high = results.bootstrap(torch.stack([column, column + 1], dim=1))
+    mean, low, high = statistics.bootstrap(torch.stack([column, column + 1], dim=1))
     assert torch.allclose(high[1] - high[0], torch.ones(()).double())
-    assert (mean[0].item(), low[0].item(), high[0].item()) == results.bootstrap(column)
+    assert (mean[0].item(), low[0].item(), high[0].item()) == statistics.bootstrap(column)
 
 
 def test_blocks_of_neighbours_are_averaged_first_without_what_is_missing() -> None:
     values = torch.randn(103, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     means = values[:100].view(10, 10).mean(1)
-    assert results.bootstrap(values, block=10) == results.bootstrap(means)
+    assert statistics.bootstrap(values, block=10) == statistics.bootstrap(means)
     values[1::2] = torch.nan
-    found = results.bootstrap(values, block=10)
-    assert found == pytest.approx(results.bootstrap(values[:100:2].view(10, 5).mean(1)))
+    found = statistics.bootstrap(values, block=10)
+    assert found == pytest.approx(statistics.bootstrap(values[:100:2].view(10, 5).mean(1)))
 
 
 def test_a_paper_number_may_be_named_by_its_key(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_table_shows_claim_paper_ours_and_verdict(tmp_path: Path) -> None:
 def test_data_file_names_the_remedy_without_a_clone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(files, "ROOT", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"paper_results\.json.*pip install -e"):
         results.paper_result("streaming.table1.window")
 

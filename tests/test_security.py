@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import steerkit
-from steerkit.results import ROOT
+from steerkit.files import ROOT
 
 SOURCES = sorted([*(ROOT / "steerkit").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 MODULES = sorted(m.name for m in pkgutil.iter_modules(steerkit.__path__, "steerkit."))

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from steerkit.chat import Message, prompt
+from steerkit.chat import Message, prompt_ids
 from steerkit.spans import encode, find_span, find_spans, message_span, read_marks
 from steerkit.steering.pasta import Head, emphasise
 
@@ -111,7 +111,7 @@ def test_the_nth_occurrence_counts_from_both_ends(tokenizer: PreTrainedTokenizer
 def test_a_message_is_its_content_without_the_template_s_marks(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    ids = prompt(tokenizer, DIALOGUE)
+    ids = prompt_ids(tokenizer, DIALOGUE)
     for index, message in enumerate(DIALOGUE):
         start, end = message_span(tokenizer, DIALOGUE, index)
         assert tokenizer.decode(ids[start:end]).strip() == message.content
@@ -122,7 +122,7 @@ def test_a_message_is_its_content_without_the_template_s_marks(
 def test_a_message_that_the_template_trims(tokenizer: PreTrainedTokenizerBase) -> None:
     spaced = [DIALOGUE[0], Message("user", " Anna likes tea \n"), DIALOGUE[2]]
     start, end = message_span(tokenizer, spaced, 1)
-    assert tokenizer.decode(prompt(tokenizer, spaced)[start:end]).strip() == "Anna likes tea"
+    assert tokenizer.decode(prompt_ids(tokenizer, spaced)[start:end]).strip() == "Anna likes tea"
 
 
 def test_a_phrase_of_one_message(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -135,7 +135,7 @@ def test_a_phrase_of_one_message(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def test_equal_messages_are_told_apart(tokenizer: PreTrainedTokenizerBase) -> None:
     twice = [DIALOGUE[3], DIALOGUE[2], DIALOGUE[3]]
-    ids = prompt(tokenizer, twice)
+    ids = prompt_ids(tokenizer, twice)
     spans = [message_span(tokenizer, twice, index) for index in (0, 2)]
     assert spans == brute_force(tokenizer, ids, DIALOGUE[3].content)
 
@@ -168,7 +168,7 @@ def test_a_batch_is_padded_on_the_left_and_its_spans_with_it(
     ):
         assert tokenizer.decode(ids[start:end]).strip() == phrase
         assert real[start:end].all() and torch.equal(real, real.sort().values)
-    assert inputs["input_ids"][2].tolist()[-len(prompt(tokenizer, DIALOGUE)) :] == prompt(
+    assert inputs["input_ids"][2].tolist()[-len(prompt_ids(tokenizer, DIALOGUE)) :] == prompt_ids(
         tokenizer, DIALOGUE
     )
 

@@ -16,8 +16,8 @@ import pytest
 from conftest import PARAMETERS, write_notebook
 from nbval.plugin import get_sanitize_patterns
 
+from steerkit.files import ROOT
 from steerkit.lab import cli, runner
-from steerkit.results import ROOT
 
 SANITIZE = ROOT / "tests" / "nbval_sanitize.cfg"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

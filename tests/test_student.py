@@ -11,10 +11,10 @@ import pytest
 from conftest import PARAMETERS, NotebookMaker
 from nbformat import NotebookNode
 
+from steerkit.files import ROOT
 from steerkit.lab import cli
 from steerkit.lab import exercises as student
 from steerkit.lab.exercises import exercise, exercises, student_copy
-from steerkit.results import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SECRET = "N * 21"

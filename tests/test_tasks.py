@@ -8,8 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from steerkit.chat import Message, prompt, reply
+from steerkit.chat import Message, prompt_ids, reply
 from steerkit.spans import find_span
+from steerkit.statistics import wilson
 from steerkit.steering.pasta import emphasise
 from steerkit.steering.tasks import (
     Example,
@@ -21,7 +22,6 @@ from steerkit.steering.tasks import (
     first_words,
     fluency,
     generate,
-    interval,
     json_paper,
     json_strict,
     json_value_paper,
@@ -177,11 +177,11 @@ def test_consistency_is_one_for_the_reference_and_zero_for_other_words():
 
 
 def test_wilsons_interval_holds_the_chance_and_is_open_at_the_ends():
-    assert interval(torch.ones(100)) == pytest.approx((100 / (100 + 1.96**2), 1.0))
-    assert interval(torch.zeros(100)) == pytest.approx((0.0, 1 - 100 / (100 + 1.96**2)))
+    assert wilson(torch.ones(100)) == pytest.approx((100 / (100 + 1.96**2), 1.0))
+    assert wilson(torch.zeros(100)) == pytest.approx((0.0, 1 - 100 / (100 + 1.96**2)))
     # Its ends are the chances p for which the mean is just 1.96 standard errors away.
     mean, n = 0.3, 50
-    for p in interval(torch.tensor([1.0] * 15 + [0.0] * 35)):
+    for p in wilson(torch.tensor([1.0] * 15 + [0.0] * 35)):
         assert abs(mean - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / n), abs=1e-6)
 
 
@@ -250,7 +250,7 @@ def test_compare_is_the_loop_over_single_prompts(tiny, steer):
     expected = []
     for e in examples:
         before = e.answer[: e.answer.rindex(e.value)].rstrip()
-        asked, said = prompt(tokenizer, e.messages), tokenizer(before)["input_ids"]
+        asked, said = prompt_ids(tokenizer, e.messages), tokenizer(before)["input_ids"]
         ids = torch.tensor([asked + said])
         inside = torch.zeros(ids.shape, dtype=torch.bool)
         start, end = find_span(tokenizer, e.messages, e.span)

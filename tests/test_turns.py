@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steerkit.chat import Message, prompt
-from steerkit.turns import by_turn, turn_of, turns
+from steerkit.chat import Message, prompt_ids
+from steerkit.spans import find_turns, reduce_by_turn, turn_of
 
 DIALOGUE = [
     Message("system", "Speak French."),
@@ -26,15 +26,15 @@ def tokenizer(tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> PreTrain
 
 
 def test_ids_are_those_of_the_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    ids, _ = turns(tokenizer, DIALOGUE)
+    ids, _ = find_turns(tokenizer, DIALOGUE)
     rows = [m._asdict() for m in DIALOGUE]
     assert ids.tolist() == [tokenizer.apply_chat_template(rows, return_dict=False)]
-    opened, _ = turns(tokenizer, DIALOGUE[:4])
-    assert ids[0, : opened.shape[1]].tolist() == prompt(tokenizer, DIALOGUE[:4])[:-1]
+    opened, _ = find_turns(tokenizer, DIALOGUE[:4])
+    assert ids[0, : opened.shape[1]].tolist() == prompt_ids(tokenizer, DIALOGUE[:4])[:-1]
 
 
 def test_each_message_stands_where_its_text_does(tokenizer: PreTrainedTokenizerBase) -> None:
-    ids, found = turns(tokenizer, DIALOGUE)
+    ids, found = find_turns(tokenizer, DIALOGUE)
     assert [(t.number, t.role) for t in found] == [
         (0, "system"),
         (1, "user"),
@@ -53,7 +53,7 @@ def test_each_message_stands_where_its_text_does(tokenizer: PreTrainedTokenizerB
 
 
 def test_turn_of_numbers_every_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    ids, found = turns(tokenizer, DIALOGUE)
+    ids, found = find_turns(tokenizer, DIALOGUE)
     numbers = turn_of(found)
     assert numbers.shape == (ids.shape[1],)
     for turn in found:
@@ -61,12 +61,12 @@ def test_turn_of_numbers_every_token(tokenizer: PreTrainedTokenizerBase) -> None
 
 
 def test_by_turn_reduces_each_reply_over_its_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    ids, found = turns(tokenizer, DIALOGUE)
+    ids, found = find_turns(tokenizer, DIALOGUE)
     values = torch.rand(2, 3, ids.shape[1])
     one, two = found[2], found[4]
     wanted = [values[..., t.start : t.end].mean(-1) for t in (one, two)]
-    assert torch.equal(by_turn(values, found), torch.stack(wanted, -1))
-    most = by_turn(values, found, role="user", reduce=torch.amax)
+    assert torch.equal(reduce_by_turn(values, found), torch.stack(wanted, -1))
+    most = reduce_by_turn(values, found, role="user", reduce=torch.amax)
     assert torch.equal(most[..., 1], values[..., found[3].start : found[3].end].amax(-1))
 
 
@@ -78,28 +78,31 @@ def test_a_template_that_rewrites_what_was_said_is_refused(
         "{% for m in messages %}{{ m['role'] }}{% if loop.last %}!{% endif %}{% endfor %}"
     )
     with pytest.raises(ValueError, match="rewrites message 0"):
-        turns(forgetful, DIALOGUE)
+        find_turns(forgetful, DIALOGUE)
 
 
 def other_text(found: list) -> Tensor:
-    return by_turn(torch.zeros(found[-1].end + 1), found)
+    return reduce_by_turn(torch.zeros(found[-1].end + 1), found)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda found: by_turn(torch.zeros(found[-1].end), found, role="tool"), "'tool'.*assist"),
+        (
+            lambda found: reduce_by_turn(torch.zeros(found[-1].end), found, role="tool"),
+            "'tool'.*assist",
+        ),
         (other_text, "different texts"),
     ],
 )
 def test_wrong_values_are_one_clear_error(
     tokenizer: PreTrainedTokenizerBase, call: Callable[[list], object], message: str
 ) -> None:
-    _, found = turns(tokenizer, DIALOGUE)
+    _, found = find_turns(tokenizer, DIALOGUE)
     with pytest.raises(ValueError, match=message):
         call(found)
 
 
 def test_no_messages_are_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ValueError, match="no messages"):
-        turns(tokenizer, [])
+        find_turns(tokenizer, [])

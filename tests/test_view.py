@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steerkit.chat import Message
-from steerkit.turns import Turn, turns
+from steerkit.spans import Turn, find_turns
 from steerkit.viz.html import _SHADES, attention_page, token_texts
 
 TEXTS = ["Say", " <b>", ' "no" & go', "\n", "<script>alert(1)</script>"]
@@ -124,7 +124,7 @@ def test_token_texts_put_the_dialogue_together_again(
 ) -> None:
     tokenizer = tiny[1]
     said = [Message("user", "Where does Ada live, and why?"), Message("assistant", "In Lima <ok>.")]
-    ids, _ = turns(tokenizer, said)
+    ids, _ = find_turns(tokenizer, said)
     texts = token_texts(tokenizer, ids)
     assert len(texts) == ids.shape[1]
     assert "".join(texts) == tokenizer.decode(ids[0], clean_up_tokenization_spaces=False)

@@ -14,9 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steerkit.attention.maps import span_share
 from steerkit.chat import Message
-from steerkit.spans import encode, read_marks
+from steerkit.spans import encode, find_turns, read_marks
 from steerkit.steering.pasta import emphasise
-from steerkit.turns import turns
 from steerkit.viz import widgets
 from steerkit.viz.widgets import (
     Explorer,
@@ -200,7 +199,7 @@ def test_attention_explorer_asks_for_what_its_controls_say(
     shared = {"reduce": "mean", "heads": [(1, 2)]}
     assert map_of == {"bins": 12, "skip": 3, **shared} and page_of == shared
     assert explorer.page.value.startswith("96 ") and "reply of turn 1" in explorer.page.value
-    ids, parts = turns(tiny[1], talk)
+    ids, parts = find_turns(tiny[1], talk)
     assert queries == (parts[1].start, parts[1].end)
     (frame,) = drawn[-1].axes[0].patches
     rows = [row * 12 / ids.shape[1] - 0.5 for row in queries]

@@ -7,9 +7,7 @@ out. Axes: L layers, H query heads, Q/K query/key positions, T tokens, N turns o
 """
 
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -17,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from steerkit.attention.hook import Rows, record_rows
-from steerkit.steering.pasta import span_mask
-from steerkit.turns import Reduce
+from steerkit.attention.record import WeightChunk, record_weights
+from steerkit.spans import Reduce, span_mask
 
 Spans = Tensor | Sequence[tuple[int, int]]
 """A bool mask (T,), or a list of token ranges [start, end); their union counts."""
@@ -33,7 +30,7 @@ def attention_map(
     ids: Tensor,
     *,
     bins: int = 64,
-    reduce: str | Reduce = "max",
+    reduce: str = "max",
     layers: Iterable[int] | None = None,
     heads: Iterable[tuple[int, int]] | None = None,
     skip: int = 0,
@@ -42,9 +39,7 @@ def attention_map(
 
     Rows are query bins, columns key bins, token t in bin t * bins // T. A cell is the "max" or the
     "mean" over its causal pairs of tokens and over `layers`, or `heads` as (layer, index), by
-    default all. A function is called on the pairs of a cell, head by head, and then on the heads;
-    it holds T / bins rows of a layer, the two names one chunk. Cells in the future are 0. The
-    first `skip` keys are left out.
+    default all. Cells in the future are 0. The first `skip` keys are left out.
     """
     ids = one_text(model, ids)
     T = ids.shape[1]
@@ -54,19 +49,17 @@ def attention_map(
         raise ValueError(f"skip={skip}: expected 0 <= skip < {T}, the number of tokens")
     cells = _Cells(T, bins, skip)
     chosen = _chosen(model, layers, heads)
-    if callable(reduce):
-        return _by_function(model, ids, cells, chosen, reduce)
     if reduce not in ("max", "mean"):
-        raise ValueError(f'reduce={reduce!r}: expected "max", "mean" or a function (values, dim)')
+        raise ValueError(f'reduce={reduce!r}: expected "max" or "mean"')
 
-    def record(rows: Rows) -> None:
-        weights = rows.weights[0, chosen[rows.layer]]  # (heads,q,K)
+    def record(chunk: WeightChunk) -> None:
+        weights = chunk.weights[0, chosen[chunk.layer]]  # (heads,q,K)
         if reduce == "max":
-            cells.add(rows.start, weights.amax(0), "amax")
+            cells.add(chunk.start, weights.amax(0), "amax")
         else:
-            cells.add(rows.start, weights.sum(0), "sum")
+            cells.add(chunk.start, weights.sum(0), "sum")
 
-    record_rows(model, ids, record, layers=chosen)
+    record_weights(model, ids, record, layers=chosen)
     if reduce == "max":
         return cells.total.cpu()
     pairs = cells.pairs() * sum(len(index) for index in chosen.values())
@@ -101,28 +94,6 @@ class _Cells:
         counts = torch.minimum(edges[1:], seen) - edges[:-1].clamp(min=self.skip)
         pairs = torch.zeros(self.bins, self.bins, dtype=torch.long)
         return pairs.index_add_(0, self.bin_of, counts.clamp(min=0))
-
-
-def _by_function(
-    model: PreTrainedModel, ids: Tensor, cells: _Cells, chosen: dict[int, list[int]], reduce: Reduce
-) -> Tensor:
-    """A row of cells at a time: `reduce` over the pairs of each cell and head, then over heads."""
-    edges, by_head = cells.edges(), defaultdict(list)
-
-    def record(rows: Rows) -> None:
-        weights, row = rows.weights[0, chosen[rows.layer]], edges.index(rows.start)
-        query = torch.arange(rows.start, edges[row + 1], device=weights.device)[:, None]
-        for column, (start, end) in enumerate(pairwise(edges[: row + 2])):
-            key = torch.arange(max(start, min(cells.skip, end)), end, device=weights.device)
-            pairs = weights[:, :, key][:, key <= query]  # (heads, pairs)
-            if pairs.shape[1]:
-                by_head[row, column].append(reduce(pairs, dim=-1).cpu())
-
-    record_rows(model, ids, record, layers=chosen, edges=edges)
-    out = torch.zeros(cells.bins, cells.bins)
-    for cell, values in by_head.items():
-        out[cell] = reduce(torch.cat(values), dim=-1)
-    return out
 
 
 def _chosen(
@@ -166,13 +137,13 @@ def span_attention(model: PreTrainedModel, ids: Tensor, spans: Spans) -> Attende
     keys = key_mask(spans, ids.shape[1]).nonzero()[:, 0].to(model.device)
     found = Attended(*(_per_head(model, ids.shape[1]) for _ in range(2)))
 
-    def record(rows: Rows) -> None:
-        weights = rows.weights[0].index_select(-1, keys)  # (H,q,span)
-        here = slice(rows.start, rows.start + weights.shape[1])
-        found.share[rows.layer, :, here] = weights.sum(-1).cpu()
-        found.peak[rows.layer, :, here] = weights.amax(-1).cpu()
+    def record(chunk: WeightChunk) -> None:
+        weights = chunk.weights[0].index_select(-1, keys)  # (H,q,span)
+        here = slice(chunk.start, chunk.start + weights.shape[1])
+        found.share[chunk.layer, :, here] = weights.sum(-1).cpu()
+        found.peak[chunk.layer, :, here] = weights.amax(-1).cpu()
 
-    record_rows(model, ids, record)
+    record_weights(model, ids, record)
     return found
 
 
@@ -181,7 +152,7 @@ def span_share(model: PreTrainedModel, ids: Tensor, spans: Spans) -> Tensor:
     return span_attention(model, ids, spans).share
 
 
-def received(
+def attention_received(
     model: PreTrainedModel,
     ids: Tensor,
     queries: tuple[int, int],
@@ -202,47 +173,17 @@ def received(
     chosen = _chosen(model, None, heads)
     found = torch.zeros(ids.shape[1])
 
-    def record(rows: Rows) -> None:
-        first, last = (max(0, row - rows.start) for row in (start, end))
-        here = rows.weights[0, chosen[rows.layer], first:last]  # (heads,q,K)
+    def record(chunk: WeightChunk) -> None:
+        first, last = (max(0, row - chunk.start) for row in (start, end))
+        here = chunk.weights[0, chosen[chunk.layer], first:last]  # (heads,q,K)
         if here.shape[1] and reduce == "max":
             torch.maximum(found, here.amax((0, 1)).cpu(), out=found)
         elif here.shape[1]:
             found.add_(here.sum((0, 1)).cpu())
 
-    record_rows(model, ids, record, layers=chosen)
+    record_weights(model, ids, record, layers=chosen)
     rows_read = (end - start) * sum(len(index) for index in chosen.values())
     return found if reduce == "max" else found / rows_read
-
-
-def group_share(model: PreTrainedModel, ids: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    """Mean mass from each group of queries to each group of keys -> (L,H,query groups,key groups).
-
-    `queries` and `keys` (T,) number each token's group from 0; -1 leaves it out. `turn_of(turns)`
-    for both gives who reads which turn.
-    """
-    ids = one_text(model, ids)
-    T, L_H = ids.shape[1], _per_head(model, 0).shape[:2]
-    for name, groups in (("queries", queries), ("keys", keys)):
-        if groups.shape != (T,) or groups.max() < 0:
-            raise ValueError(
-                f"{name} of shape {tuple(groups.shape)}: expected a group from 0 for each of the "
-                f"{T} tokens, -1 to leave some out"
-            )
-    from_group, to_group = (_one_hot(groups) for groups in (queries, keys))  # (T,groups) each
-    total = torch.zeros(*L_H, from_group.shape[1], to_group.shape[1], dtype=torch.float64)
-
-    def record(rows: Rows) -> None:
-        mass = rows.weights[0] @ to_group.to(rows.weights.device)  # (H,q,key groups)
-        rows_of = from_group[rows.start : rows.start + mass.shape[1]]
-        total[rows.layer] += rows_of.T.double() @ mass.double().cpu()
-
-    record_rows(model, ids, record)
-    return (total / from_group.sum(0)[:, None].clamp(min=1)).float()
-
-
-def _one_hot(groups: Tensor) -> Tensor:
-    return (groups[:, None] == torch.arange(int(groups.max()) + 1)).float()
 
 
 def _per_head(model: PreTrainedModel, T: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from steerkit.attention.hook import Call, probe
+from steerkit.attention.hook import AttentionCall, trace_attention
 
 _STEPS = 3  # positions between the two probes: small, so that float32 angles are exact
 
@@ -29,8 +29,8 @@ class Rotation(NamedTuple):
         angles = steps.double()[:, None] * self.frequencies.to(steps.device)
         return angles.cos().float(), angles.sin().float()
 
-    def turn(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-        """Turn vectors (..., T, D); dimensions beyond the rotated ones pass (partial rotary)."""
+    def rotate(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotate vectors (..., T, D); dimensions beyond the rotated ones pass (partial rotary)."""
         cos, sin = table
         pairs = cos.shape[-1]
         turned, kept = x[..., : 2 * pairs].float(), x[..., 2 * pairs :]
@@ -53,7 +53,7 @@ def rope_kinds(model: PreTrainedModel) -> set[str]:
     return kinds
 
 
-def learn_rotations(model: PreTrainedModel) -> tuple[list[Call], list[Rotation | None]]:
+def learn_rotations(model: PreTrainedModel) -> tuple[list[AttentionCall], list[Rotation | None]]:
     """One probed call and one rotation per layer (None: the layer ignores positions).
 
     A few single tokens are run at position 0 and at position 3. With one token there is one key, so
@@ -63,7 +63,7 @@ def learn_rotations(model: PreTrainedModel) -> tuple[list[Call], list[Rotation |
     vocabulary = model.get_input_embeddings().num_embeddings
     tokens = torch.tensor([1, vocabulary // 2, vocabulary - 1]).clamp(max=vocabulary - 1)
     positions = torch.tensor([0, _STEPS]).repeat_interleave(len(tokens))[:, None].to(model.device)
-    calls = probe(model, tokens.repeat(2)[:, None], position_ids=positions)
+    calls = trace_attention(model, tokens.repeat(2)[:, None], position_ids=positions)
     candidates = _candidates(model)
     return calls, [_explain(layer, call.key, candidates) for layer, call in enumerate(calls)]
 
@@ -88,7 +88,7 @@ def _explain(layer: int, keys: Tensor, candidates: list[Rotation]) -> Rotation |
     steps = torch.tensor([_STEPS], device=keys.device)
     for rotation in candidates:
         fits = 2 * rotation.frequencies.numel() <= keys.shape[-1]
-        if fits and close(rotation.turn(before, rotation.table(steps))):
+        if fits and close(rotation.rotate(before, rotation.table(steps))):
             return rotation
     if candidates and close(before):
         return None

@@ -17,20 +17,21 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steerkit.chat import Dialogues, Message, check_template, reply
+from steerkit.chat import BatchedChat, Message, check_template, reply
 from steerkit.constraints import (
     FAMILIES,
     REAL,
     Constraint,
+    Question,
     check_together,
     compatible,
+    instruct,
     parse_list,
     values,
 )
+from steerkit.files import write_text
 from steerkit.progress import progress
-from steerkit.results import write_text
 from steerkit.tiny.gates import question_for
-from steerkit.tiny.world import Question, instruct
 
 Model = PreTrainedModel
 Tokenizer = PreTrainedTokenizerBase
@@ -182,7 +183,7 @@ def own_values(
     found: dict[str, None] = {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for text in Dialogues(model, tokenizer).reply(
+        for text in BatchedChat(model, tokenizer).reply(
             [asked] * rounds, max_new_tokens=12 * n, temperature=0.8
         ):
             found |= dict.fromkeys(parse_list(text))
@@ -226,7 +227,7 @@ def sample(
     first = len(done) // batch * batch  # a batch that a kill has cut is made again
     with progress(sum(len(p.questions) for p in plans[first:]), unit="replies") as update:
         for start in range(first, len(plans), batch):
-            talk = Dialogues(model, tokenizer)
+            talk = BatchedChat(model, tokenizer)
             with torch.random.fork_rng():
                 torch.manual_seed(seed * 1_000_003 + start)
                 chosen = _sample_batch(talk, plans[start : start + batch], how, reward, update)
@@ -247,7 +248,7 @@ class _Sampling(NamedTuple):
 
 
 def _sample_batch(
-    talk: Dialogues,
+    talk: BatchedChat,
     plans: Sequence[Plan],
     how: _Sampling,
     reward: Reward | None,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steerkit.chat import Dialogues, Message, encode, play, prompt, reply
+from steerkit.chat import BatchedChat, Message, chat_batch, dialogue_ids, prompt_ids, reply
 from steerkit.constraints import FAMILIES, Constraint, values
 from steerkit.gatt.dialogues import Model, Plan, Sample, Tokenizer, history
 from steerkit.progress import progress
@@ -60,7 +60,7 @@ def adherence_by_turn(
     with progress(sum(len(p.questions) for p in plans), unit="replies") as update:
         say = partial(_play, every=every, forced=forced, probe_turns=probe_turns, update=update)
         for start in range(0, len(plans), batch):
-            talk = Dialogues(model, tokenizer)
+            talk = BatchedChat(model, tokenizer)
             reply_to = partial(talk.reply, max_new_tokens=max_new_tokens)
             recalled, said = say(reply_to, plans[start : start + batch])
             recalls.append(recalled)
@@ -192,11 +192,11 @@ def _reply_logits(model: Model, tokenizer: Tokenizer, s: Sample, every: bool) ->
     """Log-probabilities (tokens of reply t, V) for each turn t of one dialogue."""
     last = len(s.replies) - 1
     whole = [*history(s, last, every=every), Message("assistant", s.replies[last])]
-    ids = encode(tokenizer, whole)
+    ids = dialogue_ids(tokenizer, whole)
     logits = model(torch.tensor([ids], device=model.device)).logits[0].float().log_softmax(-1).cpu()
     spans = []
     for t in range(last + 1):
-        start = len(prompt(tokenizer, history(s, t, every=every)))
+        start = len(prompt_ids(tokenizer, history(s, t, every=every)))
         reply_ids = tokenizer(s.replies[t], add_special_tokens=False)["input_ids"]
         spans.append(logits[start - 1 : start - 1 + len(reply_ids)])
     return spans
@@ -208,7 +208,7 @@ def _reply_logits(model: Model, tokenizer: Tokenizer, s: Sample, every: bool) ->
 def leak(
     model: Model, tokenizer: Tokenizer, *, turns: int = 20, n: int = 64, seed: int = 0
 ) -> Tensor:
-    """Dialogues without any instruction: (n, turns) of 0/1, does a reply obey some constraint?
+    """BatchedChat without any instruction: (n, turns) of 0/1, does a reply obey some constraint?
 
     Half of the messages ask for a fact, half for a sentence about her or him to be repeated.
     """
@@ -216,7 +216,8 @@ def leak(
     users = [[rng.choice(kinds)(rng).text for _ in range(turns)] for _ in range(n)]
     every = [Constraint(f, v) for f in FAMILIES for v in values(f)]
     found = [
-        [any(c.obeyed(r) for c in every) for r in row] for row in play(model, tokenizer, users)
+        [any(c.obeyed(r) for c in every) for r in row]
+        for row in chat_batch(model, tokenizer, users)
     ]
     return torch.tensor(found).float()
 

@@ -26,10 +26,9 @@ from transformers.utils import logging
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from steerkit.chat import check_template
+from steerkit.files import DATA, write_json
 from steerkit.gatt.dialogues import Row
-from steerkit.models import DATA
 from steerkit.progress import progress
-from steerkit.results import write_json
 
 IGNORED = -100  # the label of a token without loss
 

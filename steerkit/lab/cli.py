@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from steerkit.results import ROOT, claims_table, collect, data_file, versions
+from steerkit.files import ROOT, data_file
+from steerkit.results import claims_table, collect, versions
 
 if TYPE_CHECKING:
     from steerkit.lab.runner import Outcome

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from IPython.display import display
 
-from steerkit.results import write_text
+from steerkit.files import write_text
 
 if TYPE_CHECKING:  # every notebook imports this file for `exercise`: no nbformat, no papermill
     from nbformat import NotebookNode

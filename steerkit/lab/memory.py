@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config
 
-from steerkit.results import write_json
+from steerkit.files import write_json
 
 USAGE_FILE = "STEERKIT_USAGE"  # environment variable: where a notebook's kernel writes its usage
 

@@ -17,8 +17,9 @@ import torch
 from filelock import FileLock, Timeout
 from papermill.exceptions import PapermillExecutionError
 
+from steerkit.files import ROOT, write_json, write_text
 from steerkit.lab.memory import USAGE_FILE
-from steerkit.results import ROOT, versions, write_json, write_text
+from steerkit.results import versions
 
 CELL_TIMEOUT = {"smoke": 300, "cpu": 1200, "gpu": 6 * 3600}  # seconds per cell: a stuck run ends
 PROFILES = tuple(CELL_TIMEOUT)

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from steerkit.attention.hook import probe
-from steerkit.results import write_json, write_text
+from steerkit.files import write_json, write_text
 from steerkit.steering.pasta import Head, emphasise, refuse_alpha
 
 _KIND = "steerkit head table 1"

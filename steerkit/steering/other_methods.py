@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from steerkit.attention.hook import Call
+from steerkit.spans import Spans, span_mask
 from steerkit.steering.key_bias import Heads, Strength, key_bias, share
-from steerkit.steering.pasta import Spans, span_mask
 from steerkit.steering.prompt_bias import Columns
 
 

@@ -5,22 +5,18 @@ row is renormalised, which is to add log(alpha) to the scores of those keys befo
 bias that depends on the key alone. Axes: B batch, T prompt tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from steerkit.spans import Spans, span_mask
 from steerkit.steering.key_bias import Head, Heads, key_bias
 from steerkit.steering.prompt_bias import Columns
 
-__all__ = ["Head", "Span", "Spans", "emphasise", "span_mask"]
-
-Span = tuple[int, int] | tuple[int, int, float]
-"""Tokens [start, end) of the prompt, left padding counted; a third number is the span's alpha."""
-Spans = Tensor | Sequence[Sequence[Span]]
-"""A bool mask (B,T), True = emphasised, or for each row of the batch its list of spans."""
+__all__ = ["Head", "emphasise"]
 
 
 @contextmanager
@@ -72,43 +68,3 @@ def refuse_alpha(alpha: float) -> None:
         raise ValueError(
             f"alpha={alpha}: expected 0 < alpha <= 1 (1 = no steering, 0.01 = the paper's value)"
         )
-
-
-def span_mask(spans: Spans) -> tuple[Tensor, bool]:
-    """Bool (B,T), True = in a span, and whether T is the prompt's length or only the last end."""
-    if isinstance(spans, Tensor):
-        if spans.dtype != torch.bool or spans.ndim != 2:
-            raise ValueError(
-                f"spans of {spans.dtype} and shape {tuple(spans.shape)}: expected a bool mask "
-                "(B, T), True = emphasised"
-            )
-        if empty := (~spans.any(dim=1)).nonzero().flatten().tolist():
-            raise ValueError(f"rows {empty} of the mask are empty: mark at least one token each")
-        return spans.detach().cpu().clone(), True
-    ends = [_last_end(row, number) for number, row in enumerate(spans)]
-    if not ends:
-        raise ValueError("no spans: expected for each row a list of (start, end), as [[(5, 12)]]")
-    inside = torch.zeros(len(ends), max(ends), dtype=torch.bool)
-    for row, each in zip(inside, spans, strict=True):
-        for start, end, *_ in each:
-            row[start:end] = True
-    return inside, False
-
-
-def _last_end(row: Sequence[Span], number: int) -> int:
-    if not isinstance(row, Sequence) or not row or not all(_is_span(span) for span in row):
-        raise ValueError(
-            f"row {number} of the spans is {row!r}: expected a list of at least one (start, end), "
-            "as in [[(5, 12)]] for one prompt"
-        )
-    for start, end, *_ in row:
-        if not 0 <= start < end:
-            raise ValueError(
-                f"row {number}: span [{start}, {end}) is empty, reversed or negative: expected "
-                "0 <= start < end"
-            )
-    return max(span[1] for span in row)
-
-
-def _is_span(span: object) -> bool:
-    return isinstance(span, Sequence) and len(span) in (2, 3)

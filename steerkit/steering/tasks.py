@@ -272,13 +272,6 @@ def _with_marks(messages: Messages, span: str, mark: str) -> Messages:
     raise ValueError(f"span {span!r} is not in the prompt {messages[-1].content[:60]!r}")
 
 
-def interval(scores: Tensor) -> tuple[float, float]:
-    """95 % interval of a mean of 0/1 scores (N,): Wilson's, which all-right does not shrink."""
-    n, mean, z = len(scores), scores.float().mean().item(), 1.96
-    centre, width = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + (z / 2 / n) ** 2)
-    return tuple((centre + side * width) / (1 + z * z / n) for side in (-1, 1))
-
-
 # --- a model on examples -----------------------------------------------------------------------
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from steerkit.attention.hook import Rows, record_rows, softmax_off_by_one, value_norms
+from steerkit.files import data_file, write_bytes
 from steerkit.fit import Batches, fit
-from steerkit.results import data_file, write_bytes
 from steerkit.streaming.losses import recomputed_losses, token_losses
 
 CACHE = 64  # tokens kept; training sequences are as long as a full cache and the current token

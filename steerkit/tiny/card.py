@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from steerkit.constraints import FAMILIES
+from steerkit.files import write_json, write_text
 from steerkit.models import load
-from steerkit.results import versions, write_json, write_text
+from steerkit.results import versions
 from steerkit.tiny.gates import measure_chat, measure_streams, pair_names
 from steerkit.tiny.recipe import RECIPES
 from steerkit.tiny.world import PERSISTENCE

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steerkit.chat import Message, play, render, reply
-from steerkit.constraints import FAMILIES, HELD_OUT_PAIRS, Constraint, values
-from steerkit.results import bootstrap
+from steerkit.chat import Message, chat_batch, render, reply
+from steerkit.constraints import FAMILIES, HELD_OUT_PAIRS, Constraint, Question, instruct, values
+from steerkit.statistics import bootstrap
 from steerkit.streaming.losses import recomputed_losses, token_losses
 from steerkit.streaming.stream_eval import Fact
 from steerkit.tiny.world import (
     ATTRIBUTES,
-    Question,
     answer,
     ask,
     biography_question,
@@ -25,7 +24,6 @@ from steerkit.tiny.world import (
     draw_constraints,
     english,
     fact_question,
-    instruct,
     known_people,
     market,
     note,
@@ -133,7 +131,7 @@ def adherence_by_turn(
         ]
         for c in given[:n]
     ]
-    replies = play(model, tokenizer, users)
+    replies = chat_batch(model, tokenizer, users)
     return torch.tensor(
         [[float(c.obeyed(r)) for r in row] for c, row in zip(given, replies, strict=False)]
     )

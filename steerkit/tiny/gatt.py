@@ -18,14 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerkit.constraints import FAMILIES, REAL_FAMILIES, Constraint
+from steerkit.constraints import FAMILIES, REAL_FAMILIES, Constraint, Question
+from steerkit.files import DATA, data_file, write_bytes, write_json
 from steerkit.gatt import dialogues as gatt
 from steerkit.gatt import evaluation as gatt_eval
 from steerkit.gatt.training import Settings, train
-from steerkit.models import DATA, load
-from steerkit.results import bootstrap, data_file, versions, write_bytes, write_json
+from steerkit.models import load
+from steerkit.results import versions
+from steerkit.statistics import bootstrap
 from steerkit.tiny import gates
-from steerkit.tiny.world import Question, repeat_question
+from steerkit.tiny.world import repeat_question
 
 ARMS = ("base", "every turn", "all turns", "gatt", "dpo", "unseen families")
 UNSEEN = ("hobby", "json")  # kept out of the arm "unseen families", and measured there

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steerkit.constraints import TABLES
+from steerkit.files import write_text
 from steerkit.fit import Batches, fit
 from steerkit.models import resolve_device
-from steerkit.results import write_text
 from steerkit.tiny.world import chatter, documents, english, everything, market_words, readings
 
 SPECIAL = ["<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from steerkit.chat import Message
-from steerkit.constraints import TABLES, Constraint, compatible, values
+from steerkit.constraints import TABLES, Constraint, compatible, instruct, values
 from steerkit.steering.tasks import (
     Example,
     Task,
@@ -37,7 +37,6 @@ from steerkit.tiny.world import (
     Person,
     answer,
     ask,
-    instruct,
     known_people,
     repeat_question,
     say,

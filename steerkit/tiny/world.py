@@ -25,7 +25,9 @@ from steerkit.constraints import (
     LATE_PAIRS,
     TABLES,
     Constraint,
+    Question,
     compatible,
+    instruct,
     values,
 )
 
@@ -125,22 +127,7 @@ def draw_constraints(
     return tuple(Constraint(f, rng.choice(values(f))) for f in families)
 
 
-def instruct(rng: random.Random, constraints: Sequence[Constraint]) -> str:
-    """The instructions in words, half of the time in their short form."""
-    short = rng.random() < 0.5
-    return " ".join(c.texts()[-1] if short else rng.choice(c.texts()[:-1]) for c in constraints)
-
-
 # --- documents ---------------------------------------------------------------------------------
-
-
-class Question(NamedTuple):
-    """What the user says, and what is to be told: subject, attribute, value."""
-
-    text: str
-    subject: str
-    attribute: str
-    value: str
 
 
 def fact_question(rng: random.Random) -> Question:

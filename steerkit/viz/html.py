@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from steerkit.turns import Turn
+from steerkit.spans import Turn
 
 # From white to dark blue in equal steps of lightness: darker is more, in grey as well.
 _SHADES = (

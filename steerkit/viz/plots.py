@@ -22,8 +22,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from steerkit.results import bootstrap, write_bytes, write_json
-from steerkit.turns import Turn
+from steerkit.files import write_bytes, write_json
+from steerkit.spans import Turn
+from steerkit.statistics import bootstrap
 
 # Okabe and Ito's palette for all kinds of colour vision, ordered so that neighbours also differ in
 # grey; line style and marker repeat what colour says.

@@ -21,10 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steerkit.attention.maps import attention_map, received, span_share
 from steerkit.chat import Message
-from steerkit.spans import encode, read_marks
+from steerkit.spans import encode, find_turns, read_marks
 from steerkit.steering.pasta import emphasise
 from steerkit.streaming.losses import token_losses
-from steerkit.turns import turns
 from steerkit.viz.html import attention_page, token_texts
 from steerkit.viz.plots import COLOURS, binned_text, curves, dialogue_map, picture
 
@@ -126,7 +125,7 @@ def explore_attention(
     Controls: layer, head, the reply's turn, maximum or mean, and how many first tokens to leave
     out.
     """
-    ids, parts = turns(tokenizer, messages)
+    ids, parts = find_turns(tokenizer, messages)
     replies = {t.number: (t.start, t.end) for t in parts if t.role == "assistant"}
     if not replies:
         raise ValueError("no assistant message: there is no reply to look from")

@@ -1,0 +1,204 @@
+"""Reading attention: weights are made chunk by chunk, so that no (L,H,T,T) need be held.
+
+Recorders see what the model computes: inside `emphasise` the weights are the steered ones. The
+model's output is untouched. Axes: B batch, L layers, H query heads, Hkv key heads, Q/K query/key
+positions, q the queries of one chunk, D head size, T tokens.
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from itertools import count, pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from steerkit.attention.hook import (
+    AttentionCall,
+    attach_recorder,
+    require_every_layer,
+    use_attention_function,
+)
+
+# Numbers in one chunk of weights. On a CPU 4 MB stay in a core's cache (64 MB took twice the time).
+# Other devices get 16 times as many, because there a launch costs more.
+_CHUNK_NUMBERS = 2**20
+
+
+class WeightChunk(NamedTuple):
+    """Attention weights (B,H,q,K) of the queries `start` to `start + q` of one layer."""
+
+    layer: int
+    start: int
+    weights: Tensor
+
+
+def record_weights(
+    model: PreTrainedModel,
+    ids: Tensor,
+    record: Callable[[WeightChunk], None],
+    *,
+    layers: Collection[int] | None = None,
+) -> None:
+    """One forward over `ids` (B,T): `record` sees the weights of `layers`, by default of all.
+
+    Chunks come layer by layer and query by query; one chunk is held at a time.
+    """
+
+    def record_call(layer: int, call: AttentionCall) -> None:
+        if layers is None or layer in layers:
+            for start, weights in _weight_chunks(call):
+                record(WeightChunk(layer, start, weights))
+
+    record_calls(model, ids, record_call)
+
+
+def record_calls(
+    model: PreTrainedModel, ids: Tensor, record: Callable[[int, AttentionCall], None]
+) -> None:
+    """One forward over `ids` (B,T): `record(layer, call)` sees what each layer computes.
+
+    Raises ValueError for a model, or an edit, whose attention would be left out silently.
+    """
+    if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise ValueError(
+            f"ids of shape {tuple(ids.shape)}: expected (B, T) with at least two tokens"
+        )
+    layers = model.config.get_text_config().num_hidden_layers
+    # Layers are counted as they come: a trace would need a forward of its own, which edits that
+    # track the prompt would take for the prompt.
+    calls = count()
+
+    def number(call: AttentionCall) -> None:
+        if (layer := next(calls)) < layers:
+            record(layer, call)
+
+    with use_attention_function(model), attach_recorder(model, number), torch.no_grad():
+        # The decoder without its LM head: recorders need no logits.
+        model.base_model(input_ids=ids.to(model.device), use_cache=False)
+    require_every_layer(model, next(calls))
+
+
+def _weight_chunks(call: AttentionCall) -> Iterator[tuple[int, Tensor]]:
+    """(first query, weights (B,H,q,K) in float32) for successive chunks of queries."""
+    B, H, Q, _ = call.query.shape
+    K = call.key.shape[2]
+    key = call.key.repeat_interleave(H // call.key.shape[1], dim=1)  # (B,Hkv,K,D) -> (B,H,K,D)
+    numbers = _CHUNK_NUMBERS * (1 if key.device.type == "cpu" else 16)
+    step = max(1, numbers // (B * H * K))
+    for start, stop in pairwise([*range(0, Q, step), Q]):
+        queries = slice(start, stop)
+        scores = (call.query[:, :, queries] @ key.mT).float() * call.scaling
+        scores = scores + _additive_mask(call.mask, queries, Q, K, scores.device)
+        yield start, softmax(scores, call.zero_sink)
+
+
+def _additive_mask(
+    mask: Tensor | None, queries: slice, Q: int, K: int, device: torch.device
+) -> Tensor:
+    """The mask of some queries as additive values; None is causal, aligned to the last key."""
+    if mask is None:
+        query = torch.arange(queries.start, queries.stop, device=device)[:, None] + (K - Q)
+        mask = torch.arange(K, device=device) <= query
+    elif mask.shape[-2] > 1:
+        mask = mask[..., queries, :]
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, device=device).masked_fill(~mask, -math.inf)
+    return mask.float()
+
+
+def softmax(scores: Tensor, zero_sink: bool = False) -> Tensor:
+    """Weights over the last axis; with `zero_sink` exp(s) / (1 + sum exp(s)), in all below 1."""
+    if not zero_sink:
+        return scores.softmax(-1)
+    return F.pad(scores, (1, 0)).softmax(-1)[..., 1:]
+
+
+def attention_weights(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """All weights of one short text: ids (1,T) -> (L,H,T,T) float32 on the CPU.
+
+    >>> import steerkit
+    >>> model, tokenizer = steerkit.load("tiny")
+    >>> ids = tokenizer("Who looks at whom?", return_tensors="pt").input_ids
+    >>> weights = steerkit.attention_weights(model, ids)
+    >>> weights.sum(-1).allclose(weights.new_ones(()))  # each query spreads a weight of one
+    True
+    """
+    layers, heads = layer_and_head_counts(model)
+    T = ids.shape[-1]
+    numbers = layers * heads * T * T
+    if ids.ndim != 2 or ids.shape[0] != 1 or numbers > 2**28:
+        raise ValueError(
+            f"ids of shape {tuple(ids.shape)} ask for {numbers:,} weights: expected (1, T) and "
+            f"at most {2**28:,}; use record_weights, sink_metric or a shorter text"
+        )
+    weights = torch.zeros(layers, heads, T, T)
+
+    def record(chunk: WeightChunk) -> None:
+        queries = slice(chunk.start, chunk.start + chunk.weights.shape[2])
+        weights[chunk.layer, :, queries] = chunk.weights[0].cpu()
+
+    record_weights(model, ids, record)
+    return weights
+
+
+def layer_and_head_counts(model: PreTrainedModel) -> tuple[int, int]:
+    """(L, H): layers, and query heads of each."""
+    config = model.config.get_text_config()
+    return config.num_hidden_layers, config.num_attention_heads
+
+
+def mean_weight_on_key(
+    model: PreTrainedModel, ids: Tensor, *, k: int = 0, first: int | None = None
+) -> Tensor:
+    """Mean weight on key `k` over the queries >= `first` (default `k`): ids (B,T) -> (B,L,H).
+
+    alpha_k of 2410.10781, section 3.
+    """
+    T = ids.shape[-1]
+    first = k if first is None else first
+    if not 0 <= k <= first < T:
+        raise ValueError(f"k={k}, first={first}: expected 0 <= k <= first < {T} tokens")
+    total = torch.zeros(len(ids), *layer_and_head_counts(model), dtype=torch.float64)
+
+    def record(chunk: WeightChunk) -> None:
+        on_key = chunk.weights[:, :, max(0, first - chunk.start) :, k]  # (B,H,q)
+        total[:, chunk.layer] += on_key.double().sum(-1).cpu()
+
+    record_weights(model, ids, record)
+    return (total / (T - first)).float()
+
+
+def sink_metric(
+    model: PreTrainedModel, ids: Tensor, *, eps: float = 0.3, k: int = 0, tokens: int = 64
+) -> float:
+    """Sink^eps_k of 2410.10781: fraction of heads with more than `eps` mean weight on key `k`.
+
+    ids (B,T), of which the first `tokens` are used; the mean is over texts, layers and heads.
+
+    >>> import steerkit
+    >>> model, tokenizer = steerkit.load("tiny")
+    >>> ids = tokenizer("Most heads look at the first token.", return_tensors="pt").input_ids
+    >>> 0 <= steerkit.sink_metric(model, ids, tokens=ids.shape[1]) <= 1
+    True
+    """
+    if not 0 < eps < 1:
+        raise ValueError(f"eps={eps}: expected 0 < eps < 1 (0.3 in the paper)")
+    if not k < tokens <= ids.shape[-1]:
+        raise ValueError(
+            f"tokens={tokens}: expected k={k} < tokens <= {ids.shape[-1]}, the length of ids"
+        )
+    return (mean_weight_on_key(model, ids[:, :tokens], k=k) > eps).float().mean().item()
+
+
+def value_norms(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Euclidean norm of each value vector: ids (B,T) -> (L,Hkv,T), mean over the batch."""
+    norms: list[Tensor] = []
+
+    def record(_: int, call: AttentionCall) -> None:
+        norms.append(call.value.float().norm(dim=-1).mean(0).cpu())  # (B,Hkv,T,D) -> (Hkv,T)
+
+    record_calls(model, ids, record)
+    return torch.stack(norms)
