@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import steerkit
 from steerkit.attention import hook as attention
-from steerkit.attention import maps
+from steerkit.attention import maps, record
 from steerkit.gatt import dialogues as gatt
 from steerkit.gatt import evaluation as gatt_eval
 from steerkit.gatt.training import Settings, train
@@ -62,7 +62,7 @@ def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, _: Tensor) 
 def gatt_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, _: Tensor) -> Tensor:
     rng = random.Random(0)
     plans = [gatt.make_plan(rng, gatt.draw(rng), turns=2) for _ in range(2)]
-    best = gatt.sample(model, tokenizer, plans, candidates=2, max_new_tokens=6)
+    best = gatt.sample_dialogues(model, tokenizer, plans, candidates=2, max_new_tokens=6)
     gap = gatt_eval.teacher_kl(model, model, tokenizer, best)
     found = gatt_eval.adherence_by_turn(model, tokenizer, plans, max_new_tokens=6, probe_turns=(2,))
     return torch.cat([gap.flatten(), found.obeyed.flatten(), found.recalled.nan_to_num().flatten()])
@@ -90,8 +90,8 @@ NUMBERS: dict[str, Step] = {
         m, ids, bins=16, reduce="mean", heads=SOME
     ),
     "span share": lambda m, _, ids: maps.span_share(m, ids, [SPAN]),
-    "mass on a key": lambda m, _, ids: attention.key_mass(m, ids, k=0),
-    "value norms": lambda m, _, ids: attention.value_norms(m, ids).log(),
+    "mass on a key": lambda m, _, ids: record.mean_weight_on_key(m, ids, k=0),
+    "value norms": lambda m, _, ids: record.value_norms(m, ids).log(),
     "head scores": lambda m, t, _: heads.score_heads(m, examples(t), heads=SOME).scores,
     "head screen": lambda m, t, _: screening.bias_slopes(m, examples(t)),
 }

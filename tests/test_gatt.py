@@ -77,7 +77,7 @@ def test_only_verified_replies_are_taught_and_the_other_arm_has_the_same_dialogu
 def test_pairs_reject_what_the_model_said_and_failed(tiny):
     """Chosen obeys, rejected does not; where the base did not lapse there is no pair."""
     plans = [plan_of(seed, turns=5, family="emoji") for seed in range(3)]
-    samples = gatt.sample(*tiny, plans, candidates=1)
+    samples = gatt.sample_dialogues(*tiny, plans, candidates=1)
     pairs = gatt.make_pairs(*tiny, samples, first=0, per_dialogue=5)
     assert 3 <= len(pairs) <= 12  # at turn 1 it obeys
     by_prompt = {s.plan.message(0, every=False): s.plan for s in samples}
@@ -91,7 +91,7 @@ def test_pairs_without_an_instruction_reject_obedience(tiny):
     """Chosen is the plain reply; rejected is what the same message gets once it is instructed."""
     told = plan_of(0, turns=2, family="emoji")
     quiet = gatt.make_plan(random.Random(0), (), turns=6, ask=lambda rng, _: fact_question(rng))
-    samples = gatt.sample(*tiny, [told, quiet], candidates=1)
+    samples = gatt.sample_dialogues(*tiny, [told, quiet], candidates=1)
     pairs = gatt.make_pairs(*tiny, samples, first=0, per_dialogue=6)
     of_quiet = [p for p in pairs if told.instruction not in str(p["prompt"])]
     assert len(of_quiet) == 6
@@ -233,7 +233,7 @@ def test_the_best_candidate_goes_on_by_verifier_then_by_reward(monkeypatch):
     tokenizer = type("T", (), {})()
     monkeypatch.setattr(gatt, "check_template", lambda _: None)
     plan = gatt.Plan((CHESS,), "Hobby: chess.", questions("A?", "B?"))
-    found = gatt.sample(
+    found = gatt.sample_dialogues(
         None,
         tokenizer,
         [plan, plan],
@@ -249,41 +249,41 @@ def test_a_torn_samples_file_goes_on_and_ends_the_same(tiny, tmp_path):
     """Cut in the middle of a line, as a kill does: at most that line is made again."""
     plans = [plan_of(seed, turns=2) for seed in range(5)]
     options = {"candidates": 2, "batch": 2}
-    whole = gatt.sample(*tiny, plans, out=tmp_path / "a.jsonl", **options)
+    whole = gatt.sample_dialogues(*tiny, plans, out=tmp_path / "a.jsonl", **options)
     text = (tmp_path / "a.jsonl").read_bytes()
     assert len(whole) == 5 and gatt.read_samples(tmp_path / "a.jsonl") == whole
     for cut in (len(text) - 40, text.index(b"\n") + 30, 20):
         (tmp_path / "b.jsonl").write_bytes(text[:cut])
-        assert gatt.sample(*tiny, plans, out=tmp_path / "b.jsonl", **options) == whole
+        assert gatt.sample_dialogues(*tiny, plans, out=tmp_path / "b.jsonl", **options) == whole
         assert (tmp_path / "b.jsonl").read_bytes() == text
 
 
 def test_complete_lines_are_not_sampled_again(tiny, tmp_path, monkeypatch):
     plans = [plan_of(seed, turns=2) for seed in range(4)]
     options = {"candidates": 1, "batch": 2, "out": tmp_path / "a.jsonl"}
-    gatt.sample(*tiny, plans, **options)
+    gatt.sample_dialogues(*tiny, plans, **options)
     lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "a.jsonl").write_text("".join(lines[:3]))
     batches = []
     inner = gatt._sample_batch
     monkeypatch.setattr(gatt, "_sample_batch", lambda *a: batches.append(a[1]) or inner(*a))
-    gatt.sample(*tiny, plans, **options)
+    gatt.sample_dialogues(*tiny, plans, **options)
     assert batches == [plans[2:]]
 
 
 def test_a_complete_file_is_only_read(tiny, tmp_path, monkeypatch):
     plans = [plan_of(seed, turns=1) for seed in range(3)]
     options = {"candidates": 1, "batch": 2, "out": tmp_path / "a.jsonl"}
-    whole = gatt.sample(*tiny, plans, **options)
+    whole = gatt.sample_dialogues(*tiny, plans, **options)
     monkeypatch.setattr(gatt, "_sample_batch", lambda *_: pytest.fail("sampled again"))
-    assert gatt.sample(*tiny, plans, **options) == whole
+    assert gatt.sample_dialogues(*tiny, plans, **options) == whole
 
 
 def test_a_samples_file_of_other_parameters_is_refused(tiny, tmp_path):
     options = {"out": tmp_path / "a.jsonl"}
-    gatt.sample(*tiny, [plan_of(turns=1)], candidates=1, **options)
+    gatt.sample_dialogues(*tiny, [plan_of(turns=1)], candidates=1, **options)
     with pytest.raises(ValueError, match="sampled with"):
-        gatt.sample(*tiny, [plan_of(turns=1)], candidates=2, **options)
+        gatt.sample_dialogues(*tiny, [plan_of(turns=1)], candidates=2, **options)
 
 
 # The kept cache
@@ -336,10 +336,10 @@ def test_sampling_draws_from_torchs_generator_and_restores_it(tiny):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     plans = [plan_of(turns=1)]
-    a = gatt.sample(*tiny, plans, candidates=2, temperature=3.0, seed=1)
+    a = gatt.sample_dialogues(*tiny, plans, candidates=2, temperature=3.0, seed=1)
     assert torch.equal(before, torch.get_rng_state())
-    assert a == gatt.sample(*tiny, plans, candidates=2, temperature=3.0, seed=1)
-    assert a != gatt.sample(*tiny, plans, candidates=2, temperature=3.0, seed=2)
+    assert a == gatt.sample_dialogues(*tiny, plans, candidates=2, temperature=3.0, seed=1)
+    assert a != gatt.sample_dialogues(*tiny, plans, candidates=2, temperature=3.0, seed=2)
 
 
 # Measurements
@@ -397,7 +397,7 @@ def test_a_forced_history_is_what_the_model_reads(tiny):
 def test_the_divergence_from_the_teacher_is_the_sum_over_the_vocabulary(tiny):
     """Zero at turn 1, where both read the same; later equal to a loop over single prompts."""
     model, tokenizer = tiny
-    s = gatt.sample(*tiny, [plan_of(turns=2)], candidates=1)[0]
+    s = gatt.sample_dialogues(*tiny, [plan_of(turns=2)], candidates=1)[0]
     found = gatt_eval.teacher_kl(model, model, tokenizer, [s])
     assert found.shape == (1, 2) and found[0, 0] == pytest.approx(0, abs=1e-5)
     ids = tokenizer(s.replies[1], add_special_tokens=False)["input_ids"]
@@ -444,7 +444,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tiny, tmp_path):
     bare = deepcopy(tiny[1])
     bare.chat_template = None
     with pytest.raises(ValueError, match="no chat template: take a chat model"):
-        gatt.sample(tiny[0], bare, [plan_of(turns=1)])
+        gatt.sample_dialogues(tiny[0], bare, [plan_of(turns=1)])
 
 
 def test_a_template_with_a_system_text_of_its_own_is_refused_and_quoted(tiny):
@@ -501,7 +501,10 @@ def test_a_dialogue_of_ones_own_becomes_a_plan():
             ),
             "contradict each other",
         ),
-        (lambda: gatt.sample(None, None, [], candidates=0), "candidates=0: expected at least 1"),
+        (
+            lambda: gatt.sample_dialogues(None, None, [], candidates=0),
+            "candidates=0: expected at least 1",
+        ),
     ],
 )
 def test_bad_input_gets_one_line(make, message):

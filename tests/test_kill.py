@@ -104,7 +104,7 @@ def test_killed_sampling_goes_on_and_ends_with_the_same_file(
     rngs = [random.Random(i) for i in range(8)]
     plans = [gatt.make_plan(rng, gatt.draw(rng), turns=2) for rng in rngs]
     whole, out = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    sample = partial(gatt.sample, *tiny, plans, batch=1, max_new_tokens=8)
+    sample = partial(gatt.sample_dialogues, *tiny, plans, batch=1, max_new_tokens=8)
     samples = sample(out=whole)
     if not (child := os.fork()):
         try:

@@ -193,7 +193,7 @@ def own_values(
 # Sampling
 
 
-def sample(
+def sample_dialogues(
     model: Model,
     tokenizer: Tokenizer,
     plans: Sequence[Plan],

@@ -188,7 +188,7 @@ def kl_by_turn(
 ) -> list[float]:
     """Mean KL (nats per reply token) to the base that reads the instruction in every message."""
     plans = evaluation_plans(seed, n, held_out=False)
-    samples = gatt.sample(teacher, tokenizer, plans, candidates=1, seed=seed)
+    samples = gatt.sample_dialogues(teacher, tokenizer, plans, candidates=1, seed=seed)
     return gatt_eval.teacher_kl(model, teacher, tokenizer, samples).mean(0).tolist()
 
 
@@ -220,7 +220,9 @@ def run_arm(arm: str, seed: int, out: Path) -> dict[str, Any]:
     model = base
     if trained:
         plans, file = training_plans(seed), out / f"samples-{seed}.jsonl"
-        samples = gatt.sample(base, tokenizer, plans, out=file, candidates=CANDIDATES, seed=seed)
+        samples = gatt.sample_dialogues(
+            base, tokenizer, plans, out=file, candidates=CANDIDATES, seed=seed
+        )
         wanted["sampled_s"] = time.perf_counter() - start
         rows = rows_of(arm, base, tokenizer, samples, seed)
         folder = out / path.stem
