@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from steerkit.attention.hook import Call, Edit, attach
+from steerkit.attention.hook import AttentionCall, Edit, attach
 from steerkit.steering.pasta import Head, emphasise
 from steerkit.streaming.latency import interleaved
 
@@ -49,7 +49,7 @@ def factor_of(T: int, K: int) -> Tensor:
 
 
 def full_mask(T: int) -> Edit:
-    def edit(call: Call) -> Tensor:
+    def edit(call: AttentionCall) -> Tensor:
         (B, H, Q, _), K = call.query.shape, call.key.shape[2]
         bias = torch.zeros(B, H, Q, K)
         bias[:, ::2] = factor_of(T, K).log()
@@ -61,7 +61,7 @@ def full_mask(T: int) -> Edit:
 
 
 def literal(T: int) -> Edit:
-    def edit(call: Call) -> Tensor:
+    def edit(call: AttentionCall) -> Tensor:
         (_, H, Q, _), K = call.query.shape, call.key.shape[2]
         key, value = (x.repeat_interleave(H // x.shape[1], 1) for x in (call.key, call.value))
         later = torch.ones(Q, K, dtype=torch.bool).triu(K - Q + 1)

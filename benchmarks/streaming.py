@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.masking_utils import sdpa_mask
 
-from steerkit.attention.hook import install
+from steerkit.attention.hook import use_attention_function
 from steerkit.streaming.latency import decode_pace, interleaved
 from steerkit.streaming.losses import next_token_loss, token_losses
 from steerkit.streaming.sink_cache import SinkCache
@@ -113,7 +113,7 @@ def perplexity(model: PreTrainedModel, window: int, ids: Tensor, repeats: int) -
 
     for start in range(0, SINKS + window + BLOCK, BLOCK):
         model(ids[:, start : start + BLOCK], past_key_values=cache)
-    with install(model):  # as token_losses does
+    with use_attention_function(model):  # as token_losses does
         seconds = interleaved({"slow": slow, "fast": fast}, repeats=repeats)
     ratio = (seconds["slow"] / tokens) / (seconds["fast"] / BLOCK)
     rate = f"{tokens / seconds['slow']:,.0f} -> {BLOCK / seconds['fast']:,.0f} tokens/s"

@@ -1,16 +1,13 @@
 """Notebooks that reproduce four results about steering a language model's attention."""
 
-from steerkit.attention.hook import (
-    attach,
+from steerkit.attention.hook import attach, softmax_off_by_one, use_attention_function
+from steerkit.attention.maps import attention_map, attention_received, span_attention, span_share
+from steerkit.attention.record import (
     attention_weights,
-    install,
-    key_mass,
+    mean_weight_on_key,
     sink_metric,
-    softmax_off_by_one,
-    token0_mass,
     value_norms,
 )
-from steerkit.attention.maps import attention_map, group_share, received, span_attention, span_share
 from steerkit.chat import Message, chat_batch, reply
 from steerkit.models import load
 from steerkit.results import figures_dir, paper_result, save_claim
@@ -31,6 +28,7 @@ __all__ = [
     "additive_bias",
     "attach",
     "attention_map",
+    "attention_received",
     "attention_weights",
     "bootstrap",
     "chat_batch",
@@ -40,15 +38,12 @@ __all__ = [
     "figures_dir",
     "find_span",
     "find_spans",
-    "group_share",
     "instaboost",
-    "install",
-    "key_mass",
     "load",
+    "mean_weight_on_key",
     "message_span",
     "paper_result",
     "read_marks",
-    "received",
     "recomputed_losses",
     "reply",
     "save_claim",
@@ -59,8 +54,8 @@ __all__ = [
     "split_softmax",
     "spotlight",
     "stream_chat",
-    "token0_mass",
     "token_hits",
     "token_losses",
+    "use_attention_function",
     "value_norms",
 ]

@@ -1,4 +1,4 @@
-"""The one door: equal to stock where nothing is attached, honest about what it cannot serve."""
+"""The attention function: stock where nothing is attached, honest about what it cannot serve."""
 
 from collections.abc import Callable
 
@@ -9,17 +9,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from steerkit.attention.hook import (
-    Call,
+    AttentionCall,
     attach,
     attention_modules,
+    softmax_off_by_one,
+    use_attention_function,
+)
+from steerkit.attention.record import (
     attention_weights,
-    install,
-    key_mass,
-    record_rows,
+    mean_weight_on_key,
+    record_weights,
     sink_metric,
     softmax,
-    softmax_off_by_one,
-    token0_mass,
     value_norms,
 )
 
@@ -62,7 +63,7 @@ def test_nothing_attached_is_bit_equal_to_stock_sdpa(name: str) -> None:
     new = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     stock = model(ids).logits, model(ids, attention_mask=padding).logits
     generated = model.generate(ids, attention_mask=padding, **new)
-    with install(model):
+    with use_attention_function(model):
         assert model.config._attn_implementation == "steerkit"
         assert torch.equal(model(ids).logits, stock[0])
         assert torch.equal(model(ids, attention_mask=padding).logits, stock[1])
@@ -82,7 +83,7 @@ def test_recorded_weights_equal_the_library_s_eager_ones(name: str) -> None:
 def test_unsupported_architectures_are_refused_with_the_reason(name: str) -> None:
     model = tiny(name)
     before = state_of(model)
-    with pytest.raises(ValueError, match=REFUSED[name]), install(model):
+    with pytest.raises(ValueError, match=REFUSED[name]), use_attention_function(model):
         pass
     assert state_of(model) == before
 
@@ -96,26 +97,26 @@ def test_learned_sinks_and_soft_caps_never_reach_sdpa_silently(llama: PreTrained
     q = torch.zeros(1, 4, 3, 8)
     from transformers import AttentionInterface
 
-    door = AttentionInterface()["steerkit"]
+    function = AttentionInterface()["steerkit"]
     with pytest.raises(ValueError, match="learned sinks"):
-        door(module, q, q[:, :2], q[:, :2], None, s_aux=torch.zeros(4))
+        function(module, q, q[:, :2], q[:, :2], None, s_aux=torch.zeros(4))
     with pytest.raises(ValueError, match="softcap"):
-        door(module, q, q[:, :2], q[:, :2], None, softcap=50.0)
+        function(module, q, q[:, :2], q[:, :2], None, softcap=50.0)
 
 
 @torch.no_grad()
 def test_nothing_attached_goes_straight_to_stock(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with install(llama):
-        monkeypatch.setattr("steerkit.attention.hook.Call", None)  # none is made
+    with use_attention_function(llama):
+        monkeypatch.setattr("steerkit.attention.hook.AttentionCall", None)  # none is made
         llama(tokens(1, 5))
 
 
 def test_an_edit_sees_one_layer_and_is_gone_afterwards(llama: PreTrainedModel) -> None:
     ids, seen = tokens(1, 7), []
 
-    def silence(call: Call) -> Tensor:
+    def silence(call: AttentionCall) -> Tensor:
         seen.append((call.query.shape, call.key.shape, call.mask))
         return torch.zeros_like(call.attend())
 
@@ -129,7 +130,7 @@ def test_an_edit_sees_one_layer_and_is_gone_afterwards(llama: PreTrainedModel) -
 
 @pytest.mark.parametrize("fail", ["inside", "in the edit"])
 def test_an_exception_leaves_the_model_as_found(llama: PreTrainedModel, fail: str) -> None:
-    def broken(call: Call) -> Tensor:
+    def broken(call: AttentionCall) -> Tensor:
         raise RuntimeError("broken")
 
     before = state_of(llama)
@@ -143,9 +144,12 @@ def test_an_exception_leaves_the_model_as_found(llama: PreTrainedModel, fail: st
 
 
 def test_nesting_is_refused_and_the_first_edit_stays(llama: PreTrainedModel) -> None:
-    with attach(llama, {0: Call.attend}):
+    with attach(llama, {0: AttentionCall.attend}):
         inside = state_of(llama)
-        with pytest.raises(ValueError, match="already attached"), attach(llama, {0: Call.attend}):
+        with (
+            pytest.raises(ValueError, match="already attached"),
+            attach(llama, {0: AttentionCall.attend}),
+        ):
             pass
         assert state_of(llama) == inside
     refused = pytest.raises(ValueError, match="already on")
@@ -155,7 +159,10 @@ def test_nesting_is_refused_and_the_first_edit_stays(llama: PreTrainedModel) -> 
 
 
 def test_a_layer_that_does_not_exist_is_an_error(llama: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match=r"layers \[2\].*< 2"), attach(llama, {2: Call.attend}):
+    with (
+        pytest.raises(ValueError, match=r"layers \[2\].*< 2"),
+        attach(llama, {2: AttentionCall.attend}),
+    ):
         pass
 
 
@@ -166,7 +173,7 @@ def test_finding_the_layers_leaves_the_random_state_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def off_by_one_by_hand(call: Call) -> Tensor:
+def off_by_one_by_hand(call: AttentionCall) -> Tensor:
     """exp(s) / (1 + sum exp(s)), literally."""
     q, k, v = (x.double() for x in (call.query, call.key, call.value))
     groups = q.shape[1] // k.shape[1]
@@ -234,18 +241,18 @@ def test_reductions_equal_the_full_weights(
     llama: PreTrainedModel, zero_sink: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "steerkit.attention.hook._CHUNK_NUMBERS", 4 * 50 * 3
+        "steerkit.attention.record._CHUNK_NUMBERS", 4 * 50 * 3
     )  # a few rows per chunk
     ids, rows = tokens(2, 50), []
-    with softmax_off_by_one(llama) if zero_sink else install(llama):
+    with softmax_off_by_one(llama) if zero_sink else use_attention_function(llama):
         full = torch.stack([attention_weights(llama, row[None]) for row in ids])  # (B,L,H,T,T)
-        mass, alpha = token0_mass(llama, ids), key_mass(llama, ids, k=3)
+        mass, alpha = mean_weight_on_key(llama, ids, first=1), mean_weight_on_key(llama, ids, k=3)
         heads = full[..., :20, 0].mean(-1)  # (B,L,H)
         eps = heads.median().item() + 1e-4
         metric = sink_metric(llama, ids, eps=eps, k=0, tokens=20)
-        record_rows(llama, ids, lambda r: rows.append(r.weights.shape[2]))
+        record_weights(llama, ids, lambda r: rows.append(r.weights.shape[2]))
     assert max(rows) == 1 and sum(rows) == 2 * 50  # chunks, and every row of both layers once
-    torch.testing.assert_close(mass, full[..., 1:, 0].mean((0, -1)))
+    torch.testing.assert_close(mass, full[..., 1:, 0].mean(-1))
     torch.testing.assert_close(alpha, full[..., 3:, 3].mean(-1))
     assert metric == pytest.approx((heads > eps).float().mean().item()) == 0.5
     assert (full.sum(-1) < 1 - 1e-3).any() == zero_sink
@@ -267,11 +274,11 @@ def test_value_norms_are_norms_of_the_projected_values(llama: PreTrainedModel) -
     [
         (lambda m: attention_weights(m, tokens(2, 9)), "at most"),
         (lambda m: attention_weights(m, torch.zeros(1, 60_000, dtype=torch.long)), "at most"),
-        (lambda m: token0_mass(m, tokens(1, 1)), "two tokens"),
-        (lambda m: token0_mass(m, tokens(1, 9)[0]), "two tokens"),
+        (lambda m: mean_weight_on_key(m, tokens(1, 1)), "two tokens"),
+        (lambda m: mean_weight_on_key(m, tokens(1, 9)[0]), "two tokens"),
         (lambda m: sink_metric(m, tokens(1, 9)), "tokens=64"),
         (lambda m: sink_metric(m, tokens(1, 9), eps=1.5, tokens=9), "eps=1.5"),
-        (lambda m: key_mass(m, tokens(1, 9), k=9), "k=9"),
+        (lambda m: mean_weight_on_key(m, tokens(1, 9), k=9), "k=9"),
     ],
 )
 def test_bad_input_is_one_clear_error(

@@ -28,7 +28,7 @@ from steerkit import (
 )
 from steerkit import fit as training
 from steerkit.attention import hook as attention
-from steerkit.attention import maps
+from steerkit.attention import maps, record
 from steerkit.lab import exercises as student
 from steerkit.lab import runner
 from steerkit.spans import find_span
@@ -174,15 +174,15 @@ ROWS: list[Row] = [
      lambda k: attention.attach(k.model, {6: lambda call: call.attend()}).__enter__(),
      r"layers \[6\]: expected 0 <= layer < 6"),
     ("weights of a million pairs",
-     lambda k: attention.attention_weights(k.model, torch.zeros(1, 10**5, dtype=torch.long)),
+     lambda k: record.attention_weights(k.model, torch.zeros(1, 10**5, dtype=torch.long)),
      r"ask for .* weights: expected \(1, T\) and at most"),
-    ("key 32", lambda k: attention.key_mass(k.model, k.ids, k=32), "k=32.* < 32 tokens"),
-    ("key -1", lambda k: attention.key_mass(k.model, k.ids, k=-1), "k=-1.* expected 0 <="),
-    ("eps 2", lambda k: attention.sink_metric(k.model, k.ids, eps=2),
+    ("key 32", lambda k: record.mean_weight_on_key(k.model, k.ids, k=32), "k=32.* < 32 tokens"),
+    ("key -1", lambda k: record.mean_weight_on_key(k.model, k.ids, k=-1), "k=-1.* expected 0 <="),
+    ("eps 2", lambda k: record.sink_metric(k.model, k.ids, eps=2),
      "eps=2: expected 0 < eps < 1"),
-    ("more tokens than there are", lambda k: attention.sink_metric(k.model, k.ids, tokens=33),
+    ("more tokens than there are", lambda k: record.sink_metric(k.model, k.ids, tokens=33),
      "tokens=33: expected k=0 < tokens <= 32"),
-    ("values of one axis", lambda k: attention.value_norms(k.model, k.ids[0, :1]),
+    ("values of one axis", lambda k: record.value_norms(k.model, k.ids[0, :1]),
      r"ids of shape \(1,\): expected \(B, T\)"),
     # Emphasis, spans, heads
     *(
@@ -240,7 +240,7 @@ ROWS: list[Row] = [
     ("skipped keys", lambda k: maps.attention_map(k.model, k.ids, bins=4, skip=32),
      "skip=32: expected 0 <= skip < 32"),
     ("a reduction", lambda k: maps.attention_map(k.model, k.ids, bins=4, reduce="median"),
-     'reduce=\'median\': expected "max", "mean" or a function'),
+     'reduce=\'median\': expected "max" or "mean"'),
     ("no messages", lambda k: spans.find_turns(k.tokenizer, []), "no messages: give at least"),
     ("no tokens", lambda k: view.attention_page([], [], title="t"),
      "no tokens to show: give at least one"),

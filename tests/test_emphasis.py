@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
-from steerkit.attention.hook import Call, attach, attention_weights, softmax_off_by_one
+from steerkit.attention.hook import AttentionCall, attach, softmax_off_by_one
+from steerkit.attention.record import attention_weights
 from steerkit.steering.key_bias import attend_biased
 from steerkit.steering.pasta import Head, emphasise
 from steerkit.streaming.sink_cache import SinkCache
@@ -29,14 +30,14 @@ NEW |= {"return_dict_in_generate": True, "max_new_tokens": 6}
 
 def literal(
     heads: Iterable[tuple[int, int]], factor: Tensor, *, zero_sink: bool = False
-) -> dict[int, Callable[[Call], Tensor]]:
+) -> dict[int, Callable[[AttentionCall], Tensor]]:
     """Equation 2 as it stands: softmax, times `factor` (B,T) by key, renormalised; later keys 1.
 
     Keys must be the whole sequence. With `zero_sink` the softmax has one more key of score 0.
     """
 
-    def of(layer: int) -> Callable[[Call], Tensor]:
-        def edit(call: Call) -> Tensor:
+    def of(layer: int) -> Callable[[AttentionCall], Tensor]:
+        def edit(call: AttentionCall) -> Tensor:
             (B, H, Q, _), K = call.query.shape, call.key.shape[2]
             groups = H // call.key.shape[1]
             key, value = (x.repeat_interleave(groups, 1) for x in (call.key, call.value))
@@ -291,7 +292,9 @@ def test_half_precision_carries_log_alpha_through_prefill() -> None:
     value[:, :, inside] = 1.0
     query = torch.ones(1, 1, K, D)
     q, k, v = (x.bfloat16() for x in (query, key, value))
-    share = attend_biased(Call(nn.Module(), q, k, v, None, 1 / 8, {}), torch.ones(1, 1), column)
+    share = attend_biased(
+        AttentionCall(nn.Module(), q, k, v, None, 1 / 8, {}), torch.ones(1, 1), column
+    )
     assert abs(share[0, -1, 0, 0].item() - 1 / (1 + math.exp(13.75 - 13.78125))) < 0.003
 
 
@@ -689,5 +692,5 @@ def test_values_of_another_width_than_queries_are_steered() -> None:
     wanted = scores.masked_fill(~causal, -torch.inf).softmax(-1) @ v
     module = torch.nn.Module()
     module.num_key_value_groups = 1
-    found = attend_biased(Call(module, q, k, v, None, 0.2, {}), on, column)
+    found = attend_biased(AttentionCall(module, q, k, v, None, 0.2, {}), on, column)
     torch.testing.assert_close(found, wanted.transpose(1, 2), atol=1e-5, rtol=1e-5)

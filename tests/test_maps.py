@@ -15,8 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, Qwen2Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from steerkit.attention.hook import Call, attach, attention_weights, install, softmax_off_by_one
-from steerkit.attention.maps import attention_map, group_share, received, span_attention, span_share
+from steerkit.attention.hook import (
+    AttentionCall,
+    attach,
+    softmax_off_by_one,
+    use_attention_function,
+)
+from steerkit.attention.maps import attention_map, attention_received, span_attention, span_share
+from steerkit.attention.record import WeightChunk, attention_weights, record_weights
 from steerkit.steering.other_methods import spotlight
 from steerkit.steering.pasta import emphasise
 
@@ -74,20 +80,6 @@ def test_layers_heads_and_skip_choose_what_is_looked_at(llama: PreTrainedModel, 
     torch.testing.assert_close(ours, by_hand(two, mean, skip), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("skip", [0, SKIP, 20])
-def test_a_function_sees_the_pairs_of_a_cell_and_then_the_heads(
-    llama: PreTrainedModel, skip: int
-) -> None:
-    ids = tokens(1, T)
-    flat = eager_weights(llama, ids)[:, 0].flatten(0, 1)
-    as_function = attention_map(llama, ids, bins=BINS, reduce=torch.amax, skip=skip)
-    torch.testing.assert_close(as_function, by_hand(flat, max, skip), atol=1e-5, rtol=1e-4)
-    p90 = partial(torch.quantile, q=0.9)
-    by_head = [by_hand(w[None], lambda v: p90(torch.tensor(v), dim=-1).item(), skip) for w in flat]
-    ours = attention_map(llama, ids, bins=BINS, reduce=p90, skip=skip)
-    torch.testing.assert_close(ours, p90(torch.stack(by_head), dim=0), atol=1e-5, rtol=1e-4)
-
-
 def test_one_bin_and_a_bin_per_token_are_the_extremes(llama: PreTrainedModel) -> None:
     ids = tokens(1, T)
     weights = attention_weights(llama, ids)
@@ -103,40 +95,24 @@ def test_chunks_do_not_show(
     llama: PreTrainedModel, reduce: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = tokens(1, T)
-    groups = torch.arange(T) // 30
     whole = (
         attention_map(llama, ids, bins=BINS, reduce=reduce),
-        group_share(llama, ids, groups, groups),
         span_share(llama, ids, SPANS),
     )
-    monkeypatch.setattr("steerkit.attention.hook._CHUNK_NUMBERS", 4 * T * 5)  # five rows
+    monkeypatch.setattr("steerkit.attention.record._CHUNK_NUMBERS", 4 * T * 5)  # five rows
     torch.testing.assert_close(attention_map(llama, ids, bins=BINS, reduce=reduce), whole[0])
-    torch.testing.assert_close(group_share(llama, ids, groups, groups), whole[1])
-    torch.testing.assert_close(span_share(llama, ids, SPANS), whole[2])
+    torch.testing.assert_close(span_share(llama, ids, SPANS), whole[1])
 
 
 def test_received_is_what_each_key_gets_from_some_queries(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("steerkit.attention.hook._CHUNK_NUMBERS", 4 * T * 7)  # seven rows a chunk
+    monkeypatch.setattr("steerkit.attention.record._CHUNK_NUMBERS", 4 * T * 7)  # seven rows a chunk
     weights = attention_weights(llama, tokens(1, T))
-    ask = partial(received, llama, tokens(1, T), (20, 45))
+    ask = partial(attention_received, llama, tokens(1, T), (20, 45))
     torch.testing.assert_close(ask(), weights[:, :, 20:45].amax((0, 1, 2)))
     one = weights[1, 2, 20:45].mean(0)
     torch.testing.assert_close(ask(reduce="mean", heads=[(1, 2)]), one)
-
-
-def test_group_shares_are_means_of_sums_and_leave_out_minus_one(llama: PreTrainedModel) -> None:
-    ids = tokens(1, T)
-    weights = attention_weights(llama, ids)  # (L,H,T,T)
-    queries, keys = torch.full((T,), -1), torch.full((T,), -1)
-    queries[20:30], queries[50:90], keys[:10], keys[10:15] = 0, 1, 0, 1
-    ours = group_share(llama, ids, queries, keys)
-    assert ours.shape == (2, 4, 2, 2)
-    wanted = weights[:, :, 50:90, 10:15].sum(-1).mean(-1)
-    torch.testing.assert_close(ours[:, :, 1, 1], wanted)
-    everything = group_share(llama, ids, torch.zeros(T, dtype=torch.long), torch.arange(T) // 45)
-    torch.testing.assert_close(everything.sum(-1), torch.ones(2, 4, 1))  # rows add up to one
 
 
 # Composition: what is attached stays in force
@@ -144,10 +120,10 @@ def test_group_shares_are_means_of_sums_and_leave_out_minus_one(llama: PreTraine
 
 def literal(
     kept: dict[int, Tensor], layer: int, heads: list[int], outside: Tensor, alpha: float
-) -> Callable[[Call], Tensor]:
+) -> Callable[[AttentionCall], Tensor]:
     """Equation 2 of 2311.02262 word by word: multiply by alpha, renormalise. Keeps the weights."""
 
-    def edit(call: Call) -> Tensor:
+    def edit(call: AttentionCall) -> Tensor:
         q, k, v = call.query, call.key, call.value
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         scores = q @ k.mT * call.scaling
@@ -186,15 +162,15 @@ def test_inside_emphasise_the_recorded_weights_are_the_steered_ones(name: str) -
     assert torch.equal(span_share(model, ids, SPANS), plain)
 
 
-def double_first_value(call: Call) -> Tensor:
+def double_first_value(call: AttentionCall) -> Tensor:
     call.value = torch.cat([2 * call.value[:, :, :1], call.value[:, :, 1:]], dim=2)
     return call.attend()
 
 
 @pytest.mark.parametrize(
     "around",
-    [install, softmax_off_by_one, lambda m: attach(m, {0: double_first_value})],
-    ids=["install", "softmax_off_by_one", "an edit of values"],
+    [use_attention_function, softmax_off_by_one, lambda m: attach(m, {0: double_first_value})],
+    ids=["nothing attached", "softmax_off_by_one", "an edit of values"],
 )
 @torch.no_grad()
 def test_recording_does_not_change_what_the_model_says(
@@ -210,10 +186,10 @@ def test_recording_does_not_change_what_the_model_says(
 
 
 def test_an_edit_that_does_not_attend_is_refused_not_left_out(llama: PreTrainedModel) -> None:
-    def silent(call: Call) -> Tensor:
+    def silent(call: AttentionCall) -> Tensor:
         return torch.zeros_like(call.query).transpose(1, 2)
 
-    def twice(call: Call) -> Tensor:
+    def twice(call: AttentionCall) -> Tensor:
         return call.attend() + call.attend()
 
     for edit, calls in ((silent, "1 attention calls of 2"), (twice, "3 attention calls of 2")):
@@ -232,12 +208,11 @@ def test_what_an_edit_asks_for_itself_is_not_recorded(llama: PreTrainedModel) ->
 
 
 def test_a_recording_inside_a_recording_is_refused(llama: PreTrainedModel) -> None:
-    def nested(values: Tensor, dim: int) -> Tensor:
+    def nested(chunk: WeightChunk) -> None:
         attention_map(llama, tokens(1, T), bins=2)
-        return values.amax(dim)
 
     with pytest.raises(ValueError, match="recorded already"):
-        attention_map(llama, tokens(1, T), bins=2, reduce=nested)
+        record_weights(llama, tokens(1, T), nested)
     assert state_of(llama) == ("sdpa", [])
 
 
@@ -313,7 +288,7 @@ GROUPS = torch.zeros(T, dtype=torch.long)
         (lambda m: attention_map(m, IDS, bins=T + 1), "bins=91: expected 1 <= bins <= 90"),
         (lambda m: attention_map(m, IDS, bins=0), "bins=0"),
         (lambda m: attention_map(m, IDS, skip=T), "skip=90"),
-        (lambda m: attention_map(m, IDS, reduce="median"), "'median'.*or a function"),
+        (lambda m: attention_map(m, IDS, reduce="median"), "'median'.*\"mean\""),
         (lambda m: attention_map(m, IDS, layers=[2]), "layer < 2"),
         (lambda m: attention_map(m, IDS, heads=[(0, 4)]), "4 query heads"),
         (lambda m: attention_map(m, IDS, heads=[]), "no heads"),
@@ -325,10 +300,8 @@ GROUPS = torch.zeros(T, dtype=torch.long)
         (lambda m: span_share(m, IDS, []), r"is \[\]: expected .* at least one \(start, end\)"),
         (lambda m: span_share(m, IDS, torch.ones(T + 1, dtype=torch.bool)), "another text"),
         (lambda m: span_share(m, IDS, torch.ones(T)), "bool mask"),
-        (lambda m: received(m, IDS, (80, 91)), r"queries \[80, 91\).*<= 90"),
-        (lambda m: received(m, IDS, (0, 5), reduce="sum"), "'sum'"),
-        (lambda m: group_share(m, IDS, GROUPS[1:], GROUPS), r"queries of shape \(89,\)"),
-        (lambda m: group_share(m, IDS, GROUPS, GROUPS - 1), "keys of shape"),
+        (lambda m: attention_received(m, IDS, (80, 91)), r"queries \[80, 91\).*<= 90"),
+        (lambda m: attention_received(m, IDS, (0, 5), reduce="sum"), "'sum'"),
     ],
 )
 def test_bad_input_is_one_clear_error(

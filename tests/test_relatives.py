@@ -12,7 +12,7 @@ from tiny_models import tiny, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from steerkit.attention.hook import Call, attach
+from steerkit.attention.hook import AttentionCall, attach
 from steerkit.steering.other_methods import additive_bias, instaboost, split_softmax, spotlight
 from steerkit.steering.pasta import Head, emphasise
 
@@ -56,13 +56,13 @@ RELATIVES: dict[str, tuple[Callable[..., AbstractContextManager], Change]] = {
 }
 
 
-def by_hand(change: Change, heads: list[Head]) -> dict[int, Callable[[Call], Tensor]]:
+def by_hand(change: Change, heads: list[Head]) -> dict[int, Callable[[AttentionCall], Tensor]]:
     """Weights after the softmax, changed in `heads`, renormalised; keys are the whole sequence."""
 
-    def of(layer: int) -> Callable[[Call], Tensor]:
+    def of(layer: int) -> Callable[[AttentionCall], Tensor]:
         chosen = [head.index for head in heads if head.layer == layer]
 
-        def edit(call: Call) -> Tensor:
+        def edit(call: AttentionCall) -> Tensor:
             (_, H, Q, _), K = call.query.shape, call.key.shape[2]
             groups = H // call.key.shape[1]
             key, value = (x.repeat_interleave(groups, 1) for x in (call.key, call.value))

@@ -19,7 +19,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from steerkit.attention.hook import attention_weights, install, softmax_off_by_one
+from steerkit.attention.hook import softmax_off_by_one, use_attention_function
+from steerkit.attention.record import attention_weights
 from steerkit.attention.rope import Rotation, learn_rotations
 from steerkit.streaming.latency import decode_pace, interleaved
 from steerkit.streaming.losses import (
@@ -203,7 +204,7 @@ def test_interleaved_pairs_turn_as_complex_numbers() -> None:
     pairs = torch.view_as_complex(x[:, :6].reshape(5, 3, 2))
     angles = steps[:, None] * rotation.frequencies
     want = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(1)
-    ours = rotation.turn(x, rotation.table(steps))
+    ours = rotation.rotate(x, rotation.table(steps))
     torch.testing.assert_close(ours, torch.cat([want.float(), x[:, 6:]], 1))
 
 
@@ -603,7 +604,7 @@ def test_the_door_stays_out_of_a_stream_s_way(llama: PreTrainedModel) -> None:
     """A recorder next to a stream: edits refuse to nest, and the stream then still works."""
     ids = tokens(1, 60)
     want = token_losses(llama, ids, sinks=2, window=10)
-    with install(llama):
+    with use_attention_function(llama):
         assert torch.equal(token_losses(llama, ids, sinks=2, window=10), want)
     assert attention_weights(llama, ids[:, :9]).shape == (2, 4, 9, 9)
 

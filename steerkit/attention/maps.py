@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from steerkit.attention.record import WeightChunk, record_weights
-from steerkit.spans import Reduce, span_mask
+from steerkit.spans import span_mask
 
 Spans = Tensor | Sequence[tuple[int, int]]
 """A bool mask (T,), or a list of token ranges [start, end); their union counts."""

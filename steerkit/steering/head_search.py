@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from steerkit.attention.hook import probe
+from steerkit.attention.hook import trace_attention
 from steerkit.files import write_json, write_text
 from steerkit.steering.pasta import Head, emphasise, refuse_alpha
 
@@ -268,7 +268,7 @@ def score_heads_by(
 
 def shape(model: PreTrainedModel) -> tuple[int, int]:
     """Layers and query heads, asked of the model itself; the largest layer's heads."""
-    calls = probe(model, torch.zeros(1, 1, dtype=torch.long))
+    calls = trace_attention(model, torch.zeros(1, 1, dtype=torch.long))
     return len(calls), max(call.query.shape[1] for call in calls)
 
 

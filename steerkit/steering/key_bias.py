@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from steerkit.attention.hook import Call, Edit, attached, install, probe
+from steerkit.attention.hook import (
+    AttentionCall,
+    Edit,
+    attach_to_modules,
+    trace_attention,
+    use_attention_function,
+)
 from steerkit.steering.prompt_bias import Columns, PromptBias, announced
 
 # A row of biases is made for so many keys more than asked for, and serves that many steps.
@@ -45,7 +52,7 @@ Heads = Iterable[tuple[int, int]] | Mapping[str, Iterable[int]]
 """Heads, or the official head files' {"layer": [query heads]}."""
 
 
-Strength = Callable[[Call, Tensor], Tensor]
+Strength = Callable[[AttentionCall, Tensor], Tensor]
 """(call, column (B,K)) -> (B,H,Q), by which each query multiplies the column."""
 
 
@@ -64,7 +71,7 @@ def key_bias(
     """
     if keep_sinks < 0:
         raise ValueError(f"keep_sinks={keep_sinks}: expected 0 or more first tokens")
-    calls = probe(model, torch.zeros(1, 1, dtype=torch.long))
+    calls = trace_attention(model, torch.zeros(1, 1, dtype=torch.long))
     chosen = _by_layer(heads, calls)
     prompt = PromptBias(columns, keep_sinks)
     active = bool((columns.bias != 0).any() or (columns.outside != 0).any())
@@ -72,15 +79,15 @@ def key_bias(
     edits: dict[nn.Module, Edit] = {
         call.module: _steered(prompt, chosen[layer], strength)
         if active and layer in chosen
-        else Call.attend
+        else AttentionCall.attend
         for layer, call in enumerate(calls)
     }
-    with install(model), attached(edits), announced(model, prompt):
+    with use_attention_function(model), attach_to_modules(edits), announced(model, prompt):
         yield
     prompt.end()
 
 
-def _by_layer(heads: Heads | None, calls: Sequence[Call]) -> dict[int, list[int]]:
+def _by_layer(heads: Heads | None, calls: Sequence[AttentionCall]) -> dict[int, list[int]]:
     """{layer: [query heads]}, checked against the model's own `calls`."""
     sizes = [call.query.shape[1] for call in calls]
     if heads is None:
@@ -103,7 +110,7 @@ def _by_layer(heads: Heads | None, calls: Sequence[Call]) -> dict[int, list[int]
 def _steered(prompt: PromptBias, heads: list[int], strength: Strength | None) -> Edit:
     row = _Row(prompt, heads)
 
-    def edit(call: Call) -> Tensor:
+    def edit(call: AttentionCall) -> Tensor:
         if strength is None and call.query.shape[2] == 1:
             call.mask = _plus(row.of(call), call.mask)
             return call.attend()
@@ -121,13 +128,13 @@ class _Row:
         self.prompt, self.heads = prompt, heads
         self.key: tuple[Any, ...] = ()
 
-    def switch(self, call: Call) -> Tensor:
+    def switch(self, call: AttentionCall) -> Tensor:
         """1 for steered heads and 0 for others: (H,) float32."""
         on = torch.zeros(call.query.shape[1])
         on[self.heads] = 1
         return on.to(call.query.device)
 
-    def of(self, call: Call) -> Tensor:
+    def of(self, call: AttentionCall) -> Tensor:
         """(B,H,1,K), a window on a longer row."""
         B, K, prompt = call.query.shape[0], call.key.shape[2], self.prompt
         start = prompt.first_key(1, K)
@@ -143,7 +150,7 @@ class _Row:
 # Arithmetic
 
 
-def attend_biased(call: Call, strength: Tensor, column: Tensor) -> Tensor:
+def attend_biased(call: AttentionCall, strength: Tensor, column: Tensor) -> Tensor:
     """Attention with strength (.., H, Q or 1) times column (B,K) added to the scores -> (B,Q,H,D).
 
     PASTA in one line: strength 1 in steered heads and 0 elsewhere, column log(alpha) outside the
@@ -173,14 +180,14 @@ def attend_biased(call: Call, strength: Tensor, column: Tensor) -> Tensor:
     return call.attend()[..., :width]
 
 
-def _takes_a_row(call: Call) -> bool:
+def _takes_a_row(call: AttentionCall) -> bool:
     """A causal prompt on a CPU, with nobody to see the call, and no gradients to keep."""
     return (
         _KERNEL is not None
         and call.query.device.type == "cpu"
         and call.query.dtype != torch.float64  # the mask is float32
         and call.mask is None
-        and call.watch is None
+        and call.recorder is None
         and not call.zero_sink
         and not torch.is_grad_enabled()
         and not call.options.get("dropout")
@@ -208,12 +215,12 @@ def _plus(bias: Tensor, mask: Tensor | None) -> Tensor:
     return bias + mask
 
 
-def share(call: Call, inside: Tensor) -> Tensor:
+def share(call: AttentionCall, inside: Tensor) -> Tensor:
     """Weight each query puts on the keys `inside` (B,K), before any bias -> (B,H,Q).
 
     Attention itself sums it: over values that are 1 inside and 0 outside. No weights are made.
     """
     value = torch.zeros_like(call.value)
     value[..., 0] = inside[:, None]
-    plain = Call(call.module, call.query, call.key, value, call.mask, call.scaling, call.options)
+    plain = replace(call, value=value, recorder=None)
     return plain.attend()[..., 0].transpose(1, 2).float()

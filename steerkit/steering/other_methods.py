@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from steerkit.attention.hook import Call
+from steerkit.attention.hook import AttentionCall
 from steerkit.spans import Spans, span_mask
 from steerkit.steering.key_bias import Heads, Strength, key_bias, share
 from steerkit.steering.prompt_bias import Columns
@@ -106,7 +106,7 @@ def _inside(spans: Spans, bias: float) -> Columns:
 def _by_share(strength: Callable[[Tensor], Tensor]) -> Strength:
     """`strength` of psi, for every query that sees both a span and something else."""
 
-    def of(call: Call, column: Tensor) -> Tensor:
+    def of(call: AttentionCall, column: Tensor) -> Tensor:
         psi = share(call, column)  # (B,H,Q); the column is 1 inside
         undecided = (psi > 0) & (psi < 1)
         return torch.where(undecided, strength(psi.where(undecided, 0.5)), 0.0)

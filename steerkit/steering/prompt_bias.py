@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from steerkit.attention.hook import Call
+from steerkit.attention.hook import AttentionCall
 from steerkit.streaming.sink_cache import SinkCache
 
 _MISMATCH = "the spans are a mask of {} tokens, the prompt has {}: make it from the padded prompt"
@@ -105,7 +105,7 @@ class PromptBias:
         assert self.bias is not None  # begin() came first
         return self.bias.to(device).repeat_interleave(B // len(self.bias), dim=0)
 
-    def column(self, call: Call) -> Tensor:
+    def column(self, call: AttentionCall) -> Tensor:
         """What is added to each key of this call: (B,K) float32."""
         (B, _, Q, _), K = call.query.shape, call.key.shape[2]
         key = (B, Q, K, call.key.device)

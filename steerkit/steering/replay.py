@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from steerkit.attention.hook import Call, attached
+from steerkit.attention.hook import AttentionCall, attach_to_modules
 from steerkit.steering.head_search import Prompt, padded
 from steerkit.steering.key_bias import attend_biased
 
@@ -100,15 +100,15 @@ class _Layer:
     def hidden(self) -> Tensor:
         return self.args[0] if self.args else self.kwargs["hidden_states"]
 
-    def up_to_attention(self, hidden: Tensor, C: int) -> Call:
+    def up_to_attention(self, hidden: Tensor, C: int) -> AttentionCall:
         """The attention call of these rows; the layer stops there."""
         calls = []
 
-        def stop(call: Call) -> Tensor:
+        def stop(call: AttentionCall) -> Tensor:
             calls.append(call)
             raise _Arrived
 
-        with attached({self.attention: stop}):
+        with attach_to_modules({self.attention: stop}):
             try:
                 self(hidden, C)
             except _Arrived:
@@ -129,7 +129,10 @@ class _Layer:
 
 
 class Replay:
-    """A few prompts, run once; `variants` scores any heads of a layer. Enter `install` first."""
+    """A few prompts, run once; `variants` scores any heads of a layer.
+
+    Enter `use_attention_function` first.
+    """
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Prompt], alpha: float) -> None:
@@ -163,7 +166,7 @@ class Replay:
         called: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         order: list[nn.Module] = []
 
-        def edit(call: Call) -> Tensor:
+        def edit(call: AttentionCall) -> Tensor:
             plain = replace(call).attend()
             ones = column.new_ones(call.query.shape[1], 1)
             steered = attend_biased(replace(call), ones, column[:, -call.key.shape[2] :])
@@ -179,7 +182,7 @@ class Replay:
             for module in base.modules():
                 hook = module.register_forward_pre_hook(note, with_kwargs=True)
                 stack.callback(hook.remove)
-            stack.enter_context(attached(dict.fromkeys(base.modules(), edit)))
+            stack.enter_context(attach_to_modules(dict.fromkeys(base.modules(), edit)))
             out = base(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
         layers = []
         for attention, (plain, steered, start) in both.items():
@@ -231,7 +234,7 @@ def _rows(x: Tensor, at: Tensor) -> Tensor:
     return x[torch.arange(len(at), device=at.device)[:, None], at]
 
 
-def _attend_at(call: Call, at: Tensor) -> Tensor:
+def _attend_at(call: AttentionCall, at: Tensor) -> Tensor:
     """The attention of rows `at` (B,A) alone -> (B,A,H,D)."""
     Q, K = call.query.shape[2], call.key.shape[2]
     if call.mask is None:  # causal

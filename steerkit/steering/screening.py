@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from steerkit.attention.hook import Call, Edit, attach
+from steerkit.attention.hook import AttentionCall, Edit, attach
 from steerkit.steering.head_search import (
     HeadTable,
     Prompt,
@@ -61,7 +61,7 @@ def _slopes(model: PreTrainedModel, examples: Sequence[Prompt], alpha: float) ->
     column = torch.log(torch.where(keep, 1.0, alpha))
 
     def at(layer: int) -> Edit:
-        def edit(call: Call) -> Tensor:
+        def edit(call: AttentionCall) -> Tensor:
             strength = steps[layer, :, : call.query.shape[1], None]  # (B,H,1)
             return attend_biased(call, strength, column[:, -call.key.shape[2] :])
 

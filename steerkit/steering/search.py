@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from steerkit.attention.hook import install
+from steerkit.attention.hook import use_attention_function
 from steerkit.progress import progress
 from steerkit.steering.head_search import HeadTable, Prompt, forced, load_table
 from steerkit.steering.pasta import Head
@@ -101,7 +101,7 @@ def _replayed(
     model: PreTrainedModel, prompts: list[Prompt], heads: Sequence[Head], alpha: float
 ) -> tuple[Tensor, Tensor]:
     found = torch.empty(len(heads), len(prompts))
-    with install(model):
+    with use_attention_function(model):
         replay = Replay(model, prompts, alpha)
         chunk = max(1, _most_rows(model) // replay.plain[..., 0].numel())
         for layer in sorted({h.layer for h in heads}):

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from steerkit.attention.hook import Rows, record_rows, softmax_off_by_one, value_norms
+from steerkit.attention.hook import softmax_off_by_one
+from steerkit.attention.record import WeightChunk, record_weights, value_norms
 from steerkit.files import data_file, write_bytes
 from steerkit.fit import Batches, fit
 from steerkit.streaming.losses import recomputed_losses, token_losses
@@ -76,7 +77,7 @@ RUNS: dict[str, Recipe] = {arm: Recipe(arm) for arm in ARMS} | {
 def chain(recipe: Recipe) -> Tensor:
     """Transition probabilities (V, V) after an idle token: a trigger with probability `often`.
 
-    Rows come from sparse Dirichlet distributions, the same for all seeds of training; the paper
+    Its rows come from sparse Dirichlet distributions, the same for all seeds of training; the paper
     takes the bigrams of Shakespeare's characters.
     """
     draw, idle = np.random.default_rng(0), recipe.tokens - recipe.triggers
@@ -190,14 +191,14 @@ def looks(model: PreTrainedModel, ids: Tensor) -> Looks:
     """Read from one forward over ids (B, T); mean over heads and layers."""
     parts: list[Tensor] = []
 
-    def keep(rows: Rows) -> None:
+    def keep(rows: WeightChunk) -> None:
         w = rows.weights.cpu()  # (B, H, q, K)
         own = w.diagonal(rows.start, 2, 3)  # (B, H, q)
         share = w / w.sum(-1, keepdim=True)  # the zero sink's rows sum to less than 1
         keys = torch.special.entr(share).sum(-1).exp()
         parts.append(torch.stack([w[..., 0], own, keys]).mean(2))  # (3, B, q)
 
-    record_rows(model, ids, keep)
+    record_weights(model, ids, keep)
     layers = model.config.num_hidden_layers
     found = torch.cat(parts, -1).unflatten(-1, (layers, ids.shape[1])).mean(-2)  # (3, B, T)
     return Looks(*found)

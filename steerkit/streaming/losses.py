@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from steerkit.attention.hook import install
+from steerkit.attention.hook import use_attention_function
 from steerkit.attention.rope import rope_kinds
 from steerkit.progress import progress
 from steerkit.streaming.latency import last_only
@@ -64,7 +64,7 @@ def token_losses(
     else:
         held = SinkCache(model, sinks=sinks, window=window) if cache is None else cache
     out = torch.empty(ids.shape[0], T - 1)
-    door = install(model) if streams else nullcontext()
+    door = use_attention_function(model) if streams else nullcontext()
     with door, progress(T - 1, unit="tokens") as update:
         for start in range(0, T - 1, block):
             piece = ids[:, start : start + block + 1].to(model.device)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from steerkit.attention.hook import Call, attached, install
+from steerkit.attention.hook import AttentionCall, attach_to_modules, use_attention_function
 from steerkit.attention.rope import Rotation, learn_rotations, rope_kinds
 
 # How far the model's positions may run ahead of the cache's before they restart. Its angles are
@@ -73,7 +73,7 @@ class _Stream:
         self.n = 0
         self.tables.clear()
 
-    def visible_bias(self, call: Call, first: int, rest: int) -> Tensor:
+    def visible_bias(self, call: AttentionCall, first: int, rest: int) -> Tensor:
         """0 / -inf (B,H,n,K): keys are the sinks and the tokens from `rest`, queries from `first`.
 
         Kept between calls: in a long stream every block has the same one, and layers rewrite the
@@ -157,7 +157,7 @@ class SinkLayer(CacheLayerMixin):
             ring = ring.roll(-stream.slot, 2)
         return torch.cat([held[:, :, :S], ring, new], dim=2)
 
-    def attend(self, call: Call) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """Attention of a block of queries at once, equal to one at a time -> (B,n,H,D)."""
         stream, n = self.stream, call.query.shape[2]
         S, R, seen = stream.sinks, stream.window, stream.seen
@@ -178,7 +178,7 @@ class SinkLayer(CacheLayerMixin):
             out.append(call.attend())
         return torch.cat(out, dim=1) if len(out) > 1 else out[0]
 
-    def _sink_bias(self, call: Call, queries: range) -> Tensor:
+    def _sink_bias(self, call: AttentionCall, queries: range) -> Tensor:
         """(B,H,n,S) that brings sinks to their distance: (turned q - q) . k_sink * scaling."""
         S = self.stream.sinks
         B, H, n, D = call.query.shape
@@ -186,7 +186,7 @@ class SinkLayer(CacheLayerMixin):
         if self.rotation:
             query = call.query.float()
             table = self.stream.table(self.rotation, queries, -1, query.device)
-            turned = self.rotation.turn(query, table)
+            turned = self.rotation.rotate(query, table)
             grouped = (turned - query).view(
                 B, -1, H // self.sink_keys.shape[1], n, D
             )  # (B,Hkv,G,n,D)
@@ -203,7 +203,7 @@ class SinkLayer(CacheLayerMixin):
         if self.rotation and self.is_initialized:
             table = self.rotation.table(torch.tensor([-steps], device=self.keys.device))
             ring = self.keys[:, :, self.stream.sinks :]
-            ring.copy_(self.rotation.turn(ring, table))
+            ring.copy_(self.rotation.rotate(ring, table))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(keys, offset of the first): a block brings its own mask, so it asks for the plain causal
@@ -318,8 +318,8 @@ class SinkCache(Cache):
         if stream.n == 1 and stream.seen >= stream.capacity - 1 and stream.sinks:
             self._turn_sinks()
         if not stream.fits:
-            self._forward.enter_context(install(self._model))
-            self._forward.enter_context(attached(self._edits))
+            self._forward.enter_context(use_attention_function(self._model))
+            self._forward.enter_context(attach_to_modules(self._edits))
         return kwargs | {"position_ids": positions, "attention_mask": None}
 
     def _rebase(self) -> None:
@@ -342,7 +342,7 @@ class SinkCache(Cache):
         for layers in alike.values():
             rotation = layers[0].rotation
             table = self.stream.table(rotation, range(1), 1, layers[0].sink_keys.device)
-            turned = rotation.turn(torch.stack([layer.sink_keys for layer in layers]), table)
+            turned = rotation.rotate(torch.stack([layer.sink_keys for layer in layers]), table)
             for layer, keys in zip(layers, turned, strict=True):
                 layer.keys[:, :, : self.stream.sinks] = keys
 
@@ -395,7 +395,7 @@ def _refuse_padding(kwargs: dict[str, Any], seen: int, n: int) -> None:
         )
 
 
-def _refuse_unstreamable(model: PreTrainedModel, calls: list[Call], keys: int) -> None:
+def _refuse_unstreamable(model: PreTrainedModel, calls: list[AttentionCall], keys: int) -> None:
     """What would be silently wrong, decided on features: RoPE type and what each layer passes."""
     if kinds := {kind for kind in rope_kinds(model) if "dynamic" in kind or kind == "longrope"}:
         raise ValueError(

@@ -19,7 +19,7 @@ from IPython.display import display
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steerkit.attention.maps import attention_map, received, span_share
+from steerkit.attention.maps import attention_map, attention_received, span_share
 from steerkit.chat import Message
 from steerkit.spans import encode, find_turns, read_marks
 from steerkit.steering.pasta import emphasise
@@ -144,7 +144,7 @@ def explore_attention(
         kind = "Largest" if reduce == "max" else "Mean"
         of = f"{kind} weights of layer {layer}, head {head}"
         alt = f"Heat map of {len(texts)} tokens in {bins} bins, the reply of turn {turn} framed."
-        weights = received(model, ids, queries, reduce=reduce, heads=where)
+        weights = attention_received(model, ids, queries, reduce=reduce, heads=where)
         weights[:skip] = 0
         page = attention_page(texts, weights, parts, title=f"{of}, from the reply of turn {turn}")
         return picture(fig, caption=f"{of}; framed: the reply of turn {turn}.", alt=alt) + page
