@@ -19,7 +19,7 @@ from typing import Any
 from table import HERE
 
 from steerkit.files import write_json, write_text
-from steerkit.lab.runner import machine
+from steerkit.lab.usage import machine
 from steerkit.results import versions
 
 NAMES = sorted(p.stem for p in HERE.glob("*.py") if p.stem not in ("collect", "table"))

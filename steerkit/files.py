@@ -8,6 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent  # the clone: the kit is installed editable
 DATA = ROOT / "data"
+NOTEBOOKS = ROOT / "notebooks"
 
 
 def data_file(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Results on disk: paper numbers read, our claims written atomically, both in one table."""
+"""Results on disk: paper numbers read, our claims written atomically."""
 
 import difflib
 import json
@@ -9,17 +9,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from steerkit.files import data_file, write_json
+
+RUNS = "STEERKIT_RUNS"  # environment variable: the folder that replaces runs/
 
 
 def figures_dir(profile: str, notebook: str) -> Path:
-    """Where `notebook` writes under `profile`: ../figures/<profile>/<notebook>, or the same below
-    the folder that the environment variable STEERKIT_FIGURES names (`steerkit run --figures`)."""
+    """Where `notebook` writes under `profile`: runs/<profile>/<notebook> below the current folder.
+
+    `steerkit run` names another folder than runs/ by an environment variable.
+    """
     for name in (profile, notebook):
         _refuse_folders(name)
-    return Path(os.environ.get("STEERKIT_FIGURES", "../figures")) / profile / notebook
+    return Path(os.environ.get(RUNS, "runs")) / profile / notebook
 
 
 def paper_result(key: str) -> dict[str, Any]:
@@ -72,29 +74,6 @@ def _refuse_folders(name: str) -> None:
         raise ValueError(f"name={name!r}: expected a plain file name without folders")
 
 
-def collect(figures: Path, profile: str, *, since: float = 0.0) -> list[dict[str, Any]]:
-    """All claims below figures/<profile>/, by notebook and name, with both added to each dict;
-    `since` (seconds of the epoch) leaves out what an earlier run wrote."""
-    files = sorted((Path(figures) / profile).glob("*/*.claim.json"))
-    return [
-        {"notebook": f.parent.name, "name": f.name.removesuffix(".claim.json")}
-        | json.loads(f.read_text(encoding="utf-8"))
-        for f in files
-        if f.stat().st_mtime >= since
-    ]
-
-
-def claims_table(claims: Sequence[dict[str, Any]]) -> Table:
-    """The one table at the end of a run: claim | paper | ours | holds?"""
-    table = Table(title="Claims", show_lines=True)
-    for column in ("notebook", "claim", "paper", "ours", "holds?"):
-        table.add_column(column, overflow="fold")
-    for row in claims:
-        cells = row["notebook"], row["claim"], _paper_cell(row["paper"]), _numbers(row["ours"])
-        table.add_row(*cells, "yes" if row["holds"] else "NO")
-    return table
-
-
 def versions() -> dict[str, str]:
     """Python's and the main libraries' versions, as every claim and run record carries them."""
     names = ("steerkit", "torch", "transformers", "numpy")
@@ -106,20 +85,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _paper_cell(paper: dict[str, Any] | None) -> str:
-    if paper is None:
-        return "-"
-    numbers = paper.get("values", paper.get("value"))
-    where = ", ".join(str(paper[k]) for k in ("paper", "where") if k in paper)
-    return f"{_numbers(numbers)}\n({where})" if where else _numbers(numbers)
-
-
-def _numbers(value: Any) -> str:
-    """Short text: four significant digits, `name value` pairs on one line."""
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {_numbers(v)}" for k, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return " ".join(_numbers(v) for v in value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 from steerkit import files, results, statistics
 
@@ -68,21 +67,11 @@ def test_figure_10_speed_up_is_its_own_largest_ratio() -> None:
 
 
 def test_a_claim_comes_back_from_disk_as_it_was_saved(tmp_path: Path) -> None:
-    row = save(tmp_path / "smoke" / "04_streaming")
-    (found,) = results.collect(tmp_path, "smoke")
-    assert found == {"notebook": "04_streaming", "name": "window"} | row | {"interval": [3.0, 3.6]}
+    row = save(tmp_path / "04_streaming")
+    found = json.loads((tmp_path / "04_streaming" / "window.claim.json").read_text())
+    assert found == row | {"interval": [3.0, 3.6]}
     assert found["holds"] is True and found["seeds"] == [0, 1, 2]
     assert found["versions"].keys() == {"python", "steerkit", "torch", "transformers", "numpy"}
-
-
-def test_collect_sees_one_profile_and_only_what_is_new(tmp_path: Path) -> None:
-    save(tmp_path / "smoke" / "b", "second")
-    save(tmp_path / "smoke" / "a", "first")
-    save(tmp_path / "cpu" / "a", "other")
-    assert [r["name"] for r in results.collect(tmp_path, "smoke")] == ["first", "second"]
-    newest = max(f.stat().st_mtime for f in tmp_path.rglob("*.json"))
-    assert results.collect(tmp_path, "smoke", since=newest + 1) == []
-    assert results.collect(tmp_path, "gpu") == []
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(
@@ -146,19 +135,6 @@ def test_a_paper_number_may_be_named_by_its_key(tmp_path: Path) -> None:
     assert save(tmp_path, paper="streaming.table1.window") == save(tmp_path)
 
 
-def test_table_shows_claim_paper_ours_and_verdict(tmp_path: Path) -> None:
-    rows = [save(tmp_path), save(tmp_path, paper=None, claim="another", holds=False)]
-    console = Console(width=200, record=True)
-    console.print(results.claims_table([{"notebook": "04", "name": "x"} | row for row in rows]))
-    first, second = (
-        line
-        for line in console.export_text().splitlines()
-        if "collapses" in line or "anoth" in line
-    )
-    assert "5158" in first and "window 6.5, streaming 3.2" in first and "yes" in first
-    assert "NO" in second and "5158" not in second
-
-
 def test_data_file_names_the_remedy_without_a_clone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,8 +143,10 @@ def test_data_file_names_the_remedy_without_a_clone(
         results.paper_result("streaming.table1.window")
 
 
-def test_figures_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("STEERKIT_FIGURES", raising=False)
-    assert results.figures_dir("cpu", "04") == Path("../figures/cpu/04")
-    monkeypatch.setenv("STEERKIT_FIGURES", "elsewhere")
+def test_figures_and_claims_go_to_runs_unless_a_run_names_another_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("STEERKIT_RUNS", raising=False)
+    assert results.figures_dir("cpu", "04") == Path("runs/cpu/04")
+    monkeypatch.setenv("STEERKIT_RUNS", "elsewhere")
     assert results.figures_dir("cpu", "04") == Path("elsewhere/cpu/04")

@@ -1,28 +1,32 @@
-"""Execute the kit's notebooks by papermill: inspect, run, record, keep what a failure left."""
+"""Execute notebooks by papermill: choose, run, record, store.
+
+While a notebook runs, all that it writes lies in OUT/partial/<profile>/. When it ends well, that
+replaces OUT/<profile>/<notebook>/ (figures, claims, run.json) and OUT/<profile>/<notebook>.ipynb.
+"""
 
 import ast
 import json
 import os
-import platform
 import re
+import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import nbformat
 import papermill
-import torch
-from filelock import FileLock, Timeout
+import yaml
+from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
-from steerkit.files import ROOT, write_json, write_text
-from steerkit.lab.memory import USAGE_FILE
-from steerkit.results import versions
+from steerkit.files import NOTEBOOKS, ROOT, write_json, write_text
+from steerkit.lab.usage import USAGE_FILE, machine
+from steerkit.results import RUNS, versions
 
 CELL_TIMEOUT = {"smoke": 300, "cpu": 1200, "gpu": 6 * 3600}  # seconds per cell: a stuck run ends
-PROFILES = tuple(CELL_TIMEOUT)
+NAMES = "[0-9]*.ipynb"
 
 
 class Outcome(NamedTuple):
@@ -31,50 +35,71 @@ class Outcome(NamedTuple):
     notebook: str
     seconds: float
     error: str | None
-    executed: Path  # after an error what there is of it: nothing, if the disk was full
+    executed: Path  # after an error as far as it came
+    results: Path  # the folder of its figures and claims
 
 
-def find(folder: Path, only: Sequence[str] = ()) -> list[Path]:
-    """The notebooks of `folder` in order; `only` holds prefixes ("04"), each must match one."""
-    found = sorted(p for p in Path(folder).glob("*.ipynb") if not p.name.startswith("."))
-    names = [p.stem for p in found]
-    if not found:
-        raise FileNotFoundError(f"no notebooks in {folder}: run steerkit from its clone")
-    for prefix in only:
-        if not any(name.startswith(prefix) for name in names):
-            raise ValueError(f"no notebook starts with {prefix!r}; there are {', '.join(names)}")
-    return [p for p in found if not only or p.stem.startswith(tuple(only))]
+def find_notebooks(prefixes: Sequence[str] = ()) -> list[Path]:
+    """The notebooks of the current folder, else of ./notebooks, else the kit's, in order.
+
+    `prefixes` ("04", ...) choose some of them; ValueError if one fits none.
+    """
+    folders = (Path.cwd(), Path.cwd() / "notebooks", NOTEBOOKS)
+    folder = next(folder for folder in folders if any(folder.glob(NAMES)))
+    paths = sorted(folder.glob(NAMES))
+    for prefix in prefixes:
+        if not any(path.stem.startswith(prefix) for path in paths):
+            names = ", ".join(path.stem for path in paths)
+            raise ValueError(f"no notebook in {folder} starts with {prefix!r}; there are {names}")
+    return [path for path in paths if not prefixes or path.stem.startswith(tuple(prefixes))]
+
+
+def copy_notebooks(folder: Path) -> list[Path]:
+    """Copy the kit's notebooks into `folder`; ValueError if one of them is there already."""
+    copies = [folder / path.name for path in sorted(NOTEBOOKS.glob(NAMES))]
+    for copy in copies:
+        if copy.exists():
+            raise ValueError(f"{copy} exists: move it away, or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    return [Path(shutil.copyfile(NOTEBOOKS / copy.name, copy)) for copy in copies]
 
 
 def parameters(path: Path) -> dict[str, Any]:
     """Names and default values of the cell tagged `parameters`, as papermill reads them."""
-    raw = papermill.inspect_notebook(_literal(path))
-    try:
-        return {name: ast.literal_eval(p["default"]) for name, p in raw.items()}
-    except (ValueError, SyntaxError) as error:
-        raise ValueError(
-            f"{path.stem}: a parameter's default is no Python literal: {raw}"
-        ) from error
+    found = papermill.inspect_notebook(str(path))
+    return {name: ast.literal_eval(one["default"]) for name, one in found.items()}
 
 
 def overrides(
-    path: Path, *, profile: str, model: str | None = None, extra: Mapping[str, str] | None = None
+    path: Path, *, profile: str, model: str | None = None, extra: Iterable[tuple[str, str]] = ()
 ) -> dict[str, Any]:
-    """What to inject into the notebook: the wanted values that differ from its defaults.
+    """What to inject into the notebook: the requested values that differ from its defaults.
 
     A notebook without MODEL trains its own and ignores `model`; any other unknown name is an error
     (papermill itself only warns). Text becomes the default's type; a path becomes absolute.
     """
     defaults = parameters(path)
-    wanted = {"PROFILE": profile, **(extra or {})}
+    requested = {"PROFILE": profile} | dict(extra)
     if model is not None and "MODEL" in defaults:
-        wanted["MODEL"] = model
-    for name in wanted:
-        if name not in defaults:
-            have = ", ".join(defaults) or "none: is a cell tagged `parameters`?"
-            raise ValueError(f"{path.stem} has no parameter {name}; it has {have}")
-    typed = {name: _typed(name, text, defaults[name]) for name, text in wanted.items()}
+        requested["MODEL"] = model
+    if unknown := sorted(requested.keys() - defaults):
+        have = ", ".join(defaults) or "none: tag a cell `parameters`"
+        raise ValueError(f"{path.stem} has no parameter {unknown[0]}; it has {have}")
+    typed = {name: _typed(name, text, defaults[name]) for name, text in requested.items()}
     return {name: value for name, value in typed.items() if value != defaults[name]}
+
+
+def _typed(name: str, text: str, default: Any) -> Any:
+    """`text` from the command line as the type of the parameter's default."""
+    if isinstance(default, str):
+        # The kernel's working directory is the notebook's, so a path means the user's.
+        return str(Path(text).resolve()) if text != default and Path(text).exists() else text
+    value = yaml.safe_load(text)
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default):
+        raise ValueError(f"-p {name} {text}: expected {type(default).__name__}, like {default!r}")
+    return value
 
 
 def execute(
@@ -83,177 +108,98 @@ def execute(
     *,
     profile: str,
     out: Path,
-    figures: Path,
     timeout: int,
-    progress: bool = True,
     cwd: Path | None = None,
+    progress: bool = True,
 ) -> Outcome:
     """Run one notebook with `values` as parameters, in `cwd` (default: its own folder).
 
-    The executed copy is out/<name>.ipynb, or out/<name>.partial.ipynb after a failure; time, peak
-    memory and machine go to figures/<profile>/<name>/run.json. `timeout` is in seconds per cell.
+    `timeout` is in seconds per cell. run.json holds time, peak memory, machine and versions.
     """
-    partial, usage = out / f"{path.stem}.partial.ipynb", out / f"{path.stem}.usage.tmp"
-    partial.unlink(missing_ok=True)
-    usage.unlink(missing_ok=True)
-    start, done = time.perf_counter(), out / path.name
-    record = {"notebook": path.stem, "profile": profile, "parameters": values}
-    record |= {"machine": machine(), "versions": versions()}
+    partial, done = out / "partial" / profile, out / profile
+    results, usage = partial / path.stem, partial / "usage.json"
+    shutil.rmtree(results, ignore_errors=True)
+    results.mkdir(parents=True)
+    environment = {
+        RUNS: str((out / "partial").resolve()),
+        USAGE_FILE: str(usage.resolve()),
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else the kernel's debugger warns on the terminal
+    }
+    start, error = time.perf_counter(), None
     try:
-        with _kernel_environment(figures, usage):
+        with patch.dict(os.environ, environment):
             papermill.execute_notebook(
-                _literal(path),
-                _literal(partial),
+                str(path),
+                str(partial / path.name),
                 parameters=dict(values),
                 kernel_name="python3",
                 cwd=cwd or path.parent,
                 execution_timeout=timeout,
                 progress_bar=progress,
                 # a local kernel warns of plain TCP; the extension writes what the kernel used
-                extra_arguments=["--log-level=ERROR", "--ext=steerkit.lab.memory"],
+                extra_arguments=["--log-level=ERROR", "--ext=steerkit.lab.usage"],
             )
-        seconds = round(time.perf_counter() - start, 1)
-        record["seconds"] = seconds
-        if usage.exists():  # else the kernel died while it ended
-            record |= json.loads(usage.read_text(encoding="utf-8"))
-        write_json(figures / profile / path.stem / "run.json", record)
-        return Outcome(path.stem, seconds, None, partial.replace(done))
     except Exception as failure:  # one notebook's failure must not stop the others
-        seconds = round(time.perf_counter() - start, 1)
-        return Outcome(path.stem, seconds, _explain(failure, partial), partial)
-    finally:
-        usage.unlink(missing_ok=True)
+        error = _explain(failure)
+    seconds = round(time.perf_counter() - start, 1)
+    if error is not None:
+        return Outcome(path.stem, seconds, error, partial / path.name, results)
+    record = {"notebook": path.stem, "profile": profile, "parameters": dict(values)}
+    record |= {"machine": machine(), "versions": versions(), "seconds": seconds}
+    if usage.exists():  # else the kernel died while it ended
+        record |= json.loads(usage.read_text(encoding="utf-8"))
+    write_json(results / "run.json", record)
+    move_folder(results, done / path.stem)
+    executed = (partial / path.name).replace(done / path.name)
+    return Outcome(path.stem, seconds, None, executed, done / path.stem)
 
 
-def store(executed: Path, committed: Path) -> None:
-    """Put an executed notebook in the committed one's place, without what changes at each run."""
-    new = nbformat.read(executed, as_version=4)
-    old = nbformat.read(committed, as_version=4)
-    if [c.source for c in new.cells] != [c.source for c in old.cells]:
-        raise ValueError(
-            f"{committed.name} was edited while it ran, or has overrides: run it again"
-        )
-    write_text(committed, stripped(new))
+def _explain(failure: Exception) -> str:
+    """`cell In [3], "first line": reason` for a failed cell, else the reason."""
+    if not isinstance(failure, PapermillExecutionError):
+        return f"{type(failure).__name__}: {failure}".strip()
+    line = failure.source.strip().partition("\n")[0]
+    reason = f"{failure.ename}: {failure.evalue}"
+    if failure.ename == "OutOfMemoryError":
+        reason += "; take a smaller --model (`accelerate estimate-memory ID`) or --profile"
+    return f"cell In [{failure.exec_count}], {line[:60]!r}: {reason}"
 
 
-def stripped(notebook: nbformat.NotebookNode) -> str:
-    """The notebook's text without times, widget views (they do not survive a file), library
-    versions and paths of this machine."""
-    notebook.metadata = {
-        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-        "language_info": {"name": "python"},
-    }
-    for cell in notebook.cells:
-        cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags" and v}
-        if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if not _is_progress(o)]
-    text = nbformat.writes(notebook).replace(f"{ROOT}{os.sep}", "").replace(str(ROOT), ".")
-    return re.sub(r"/[\w/.]*ipykernel_\d+/\d+\.py", "cell", text) + "\n"
+def move_folder(new: Path, old: Path) -> None:
+    """Put the folder `new` in the place of `old`, on the same file system."""
+    old.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(old, ignore_errors=True)
+    new.replace(old)
 
 
-@contextmanager
-def exclusive(*folders: Path) -> Iterator[None]:
-    """Hold `folders` for this process alone; RuntimeError if another run has one of them.
+def store(outcome: Outcome, path: Path, figures: Path) -> None:
+    """Commit a run: figures and claims replace the folder `figures`, outputs those of `path`.
 
-    The system's file locks end with the process that holds them, so a killed run leaves none.
+    A notebook shows its default parameters, so a run with other ones leaves its outputs alone.
     """
-    with ExitStack() as held:
-        for folder in sorted({Path(f).resolve() for f in folders}):
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                held.enter_context(FileLock(folder / ".steerkit.lock", timeout=0))
-            except Timeout:
-                raise RuntimeError(
-                    f"another steerkit run is writing into {folder}: wait for it, or give this "
-                    "one folders of its own with --out and --figures"
-                ) from None
-        yield
+    new, old = (nbformat.read(file, as_version=4) for file in (outcome.executed, path))
+    if [cell.source for cell in new.cells] == [cell.source for cell in old.cells]:
+        write_text(path, stripped(new))
+    elif not any("injected-parameters" in cell.metadata.get("tags", []) for cell in new.cells):
+        raise ValueError(f"{path.name} was edited while it ran: run it again")
+    copy = figures.with_name(f".{figures.name}.tmp")
+    move_folder(Path(shutil.copytree(outcome.results, copy, dirs_exist_ok=True)), figures)
 
 
-def machine() -> dict[str, Any]:
-    """Cores this process may use, CPU and GPU names, memory in GiB; nothing that names a person."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cores": cores, "cpu": _cpu_name(), "memory_gib": round(memory, 1), "gpu": gpu}
+def stripped(notebook: NotebookNode) -> str:
+    """The notebook's text without what differs from run to run, or does not survive a file:
+    times, progress bars, widget views, paths of this machine."""
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
+    for cell in notebook.cells:
+        cell.metadata = {key: tags for key, tags in cell.metadata.items() if key == "tags" and tags}
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
+    return nbformat.writes(notebook).replace(f"{ROOT}{os.sep}", "") + "\n"
 
 
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _typed(name: str, text: str, default: Any) -> Any:
-    """`text` from the command line as the type of the parameter's default."""
-    if default is None or isinstance(default, str):
-        # The notebook's working directory is its own, so a path means the user's.
-        return str(Path(text).resolve()) if text != default and Path(text).exists() else text
-    try:
-        value = ast.literal_eval(text.capitalize() if isinstance(default, bool) else text)
-    except (ValueError, SyntaxError):
-        value = text
-    value = float(value) if isinstance(default, float) and type(value) is int else value
-    if type(value) is not type(default):
-        raise ValueError(f"-p {name} {text}: expected {type(default).__name__}, like {default!r}")
-    return value
-
-
-def _literal(path: Path) -> str:
-    """papermill fills {names} in paths; ours have none."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
-@contextmanager
-def _kernel_environment(figures: Path, usage: Path) -> Iterator[None]:
-    """What the kernel inherits: where figures and its usage go, this clone's package, no debugger
-    warning."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    new = {
-        "STEERKIT_FIGURES": str(Path(figures).resolve()),
-        USAGE_FILE: str(usage.resolve()),
-        "PYTHONPATH": path,
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-    }
-    old = {key: os.environ.get(key) for key in new}
-    os.environ.update(new)
-    try:
-        yield
-    finally:
-        for key, value in old.items():
-            os.environ.pop(key, None)
-            os.environ.update({} if value is None else {key: value})
-
-
-def _explain(failure: Exception, partial: Path) -> str:
-    """`cell In [3], "first line": reason`, for a failed cell, a timeout or a dead kernel."""
-    if isinstance(failure, PapermillExecutionError):
-        source, count = failure.source, failure.exec_count
-        reason = f"{failure.ename}: {failure.evalue}"
-        if failure.ename == "OutOfMemoryError":
-            reason += "; take a smaller --model (steerkit doctor says what it needs) or profile"
-    else:
-        source, count = _last_started(partial)
-        reason = f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
-    line = next((s for s in source.splitlines() if s.strip()), "")
-    return f"cell In [{count}], {line.strip()[:60]!r}: {reason}" if source else reason
-
-
-def _last_started(partial: Path) -> tuple[str, int | None]:
-    try:
-        cells = json.loads(partial.read_text(encoding="utf-8"))["cells"]
-    except (OSError, ValueError):  # papermill had no room for it
-        partial.unlink(missing_ok=True)
-        return "", None
-    code = [c for c in cells if c["cell_type"] == "code"]
-    started = [c for c in code if c["metadata"].get("papermill", {}).get("start_time")]
-    if not started:
-        return "", None
-    return "".join(started[-1]["source"]), started[-1]["execution_count"]
-
-
-def _is_progress(output: nbformat.NotebookNode) -> bool:
-    """Widget views and tqdm's bars on stderr."""
+def _is_progress(output: NotebookNode) -> bool:
+    """Widget views, and tqdm's bars on stderr."""
     if output.output_type == "stream":
         return output.name == "stderr" and re.search(r"\d+%\||\dit \[", output.text) is not None
     return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
