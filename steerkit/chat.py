@@ -1,12 +1,17 @@
-"""Messages to token ids and back."""
+"""Messages to token ids, and a model's replies.
+
+A prompt is a text, or a dialogue: a list of messages, which the tokenizer's chat template renders.
+Axes: B batch, T tokens, K cached tokens, N generated tokens.
+"""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 # The format of many chat models, without the system text that the templates of some add.
 CHATML = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}\
@@ -17,41 +22,100 @@ CHATML = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}\
 
 
 class Message(NamedTuple):
-    """One message: role is "system", "user" or "assistant"."""
+    """One message: role is "system", "user" or "assistant".
+
+    >>> from steerkit import Message, load, reply
+    >>> model, tokenizer = load("tiny")
+    >>> reply(model, tokenizer, [[Message("user", "Where does Anna Adler live?")]])
+    ['Anna Adler lives in Lisbon.']
+    """
 
     role: str
     content: str
 
 
-def render(messages: Sequence[Message]) -> str:
-    """The embedded models' format, without the first token; equal to their chat template."""
-    return "".join(f"<|{m.role}|>{m.content}<|end|>" for m in messages)
+Dialogue = Sequence[Message | Mapping[str, str]]
+Prompt = str | Dialogue
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a dialogue, opened for the assistant's next reply."""
-    rows = [m._asdict() for m in messages]
-    return tokenizer.apply_chat_template(rows, add_generation_prompt=True, return_dict=False)
+def as_messages(dialogue: Dialogue) -> list[Message]:
+    """The messages of a dialogue, which may also be dicts {"role": ..., "content": ...}."""
+    if isinstance(dialogue, (str, Message, Mapping)):
+        raise ValueError(f"{dialogue!r} is no dialogue: give a list of messages")
+    if not dialogue:
+        raise ValueError("no messages: give at least one")
+    messages = []
+    for message in dialogue:
+        if isinstance(message, Mapping) and {"role", "content"} <= set(message):
+            message = Message(message["role"], message["content"])
+        if not isinstance(message, Message):
+            raise ValueError(
+                f"{message!r} is no message: give Message(role, content), or a dict with both"
+            )
+        messages.append(message)
+    return messages
 
 
-def dialogue_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a dialogue as it stands, not opened for a reply."""
-    return tokenizer.apply_chat_template([m._asdict() for m in messages], return_dict=False)
+# --- text to token ids -------------------------------------------------------------------------
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """ValueError when the tokenizer has no chat template, or one that speaks on its own.
-
-    A template that puts a system text of its own in front would instruct the model in every
-    measurement that claims to have no instruction, or one only in the first user message.
-    """
+def template_text(
+    tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, *, opened: bool = True
+) -> str:
+    """The chat template's text; `opened` for the assistant's next reply."""
     if not tokenizer.chat_template:
         raise ValueError(
             "the tokenizer has no chat template: take a chat model, or set tokenizer.chat_template"
         )
-    said = "\u2042"  # a user message that no template contains
-    ids = prompt_ids(tokenizer, [Message("user", said)])
-    before = tokenizer.decode(ids, skip_special_tokens=True).split(said)[0]
+    messages = [m._asdict() for m in as_messages(dialogue)]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=opened, tokenize=False)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Token ids of a text, or of a dialogue opened for the assistant's next reply."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return tokenizer(template_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+
+
+def dialogue_ids(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> list[int]:
+    """Token ids of a dialogue as it stands, not opened for a reply."""
+    text = template_text(tokenizer, dialogue, opened=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def template_pieces(
+    tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, *, opened: bool = True
+) -> list[str]:
+    """What the chat template writes around the contents: n messages -> n + 1 texts.
+
+    Read off the template itself, which renders the dialogue with a placeholder for each content.
+    Raises ValueError if a content is not shown exactly once, in its place.
+    """
+    messages = as_messages(dialogue)
+    marks = [f"\ue000{n}\ue001" for n in range(len(messages))]  # private use: in no template
+    marked = [m._replace(content=mark) for m, mark in zip(messages, marks, strict=True)]
+    pieces, rest = [], template_text(tokenizer, marked, opened=opened)
+    for n, mark in enumerate(marks):
+        before, shown, rest = rest.partition(mark)
+        if not shown or mark in rest:
+            raise ValueError(
+                f"message {n}: the chat template does not show {messages[n].content[:60]!r} once "
+                "and in its place; look for a phrase instead"
+            )
+        pieces.append(before)
+    return [*pieces, rest]
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """ValueError when the tokenizer has no chat template, or one with a system prompt of its own.
+
+    Such a template would instruct the model in every measurement that claims to have no
+    instruction, or one only in the first user message.
+    """
+    before = template_pieces(tokenizer, [Message("user", "Hi.")])[0]
+    ids = tokenizer(before, add_special_tokens=False)["input_ids"]
+    before = tokenizer.decode(ids, skip_special_tokens=True)
     words = re.sub(r"\b(system|user|human|assistant|model|im_start|start_of_turn)\b", "", before)
     if len(re.findall(r"\w{2,}", words)) > 2:
         raise ValueError(
@@ -60,71 +124,163 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+def check_ids(
+    model: PreTrainedModel, ids: Tensor, *, tokens: int = 2, one_text: bool = False
+) -> None:
+    """ValueError unless `ids` are (B,T) token ids of the model's vocabulary.
+
+    T must be `tokens` or more, and B = 1 if `one_text`.
+    """
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"ids are a {type(ids).__name__}: expected a tensor of token ids (B, T)")
+    if ids.ndim != 2:
+        raise ValueError(
+            f"ids of shape {tuple(ids.shape)}: expected (B, T); add the batch axis with ids[None]"
+        )
+    if ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"ids of type {ids.dtype}: expected integer token ids")
+    if len(ids) < 1 or ids.shape[1] < tokens or (one_text and len(ids) > 1):
+        texts = "one text" if one_text else "texts"
+        raise ValueError(
+            f"ids of shape {tuple(ids.shape)}: expected {texts} of at least {tokens} tokens"
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"ids from {low} to {high}: the model's vocabulary is 0 .. {vocabulary - 1}"
+        )
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a reply: the tokenizer's end of sequence, and the model's."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return sorted({tokenizer.eos_token_id, *ends} - {None})
+
+
+# --- replies -----------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Some of the prompts as one batch, padded on the left.
+
+    `indices` says which prompts; `inputs` holds input_ids and attention_mask, (B,T) each; `padding`
+    is the number of padding tokens in front of each prompt.
+    """
+
+    indices: list[int]
+    inputs: BatchEncoding
+    padding: list[int]
+
+    def move(self, spans: Sequence[Sequence[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
+        """The spans of this batch's prompts, out of those of all prompts, moved by the padding."""
+        return [
+            [(start + pad, end + pad) for start, end in spans[i]]
+            for i, pad in zip(self.indices, self.padding, strict=True)
+        ]
+
+
+def pad_left(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[list[int]], indices: Sequence[int]
+) -> Batch:
+    """The prompts `indices` of `ids` as one batch."""
+    chosen = [ids[i] for i in indices]
+    inputs = tokenizer.pad({"input_ids": chosen}, padding_side="left", return_tensors="pt")
+    T = inputs["input_ids"].shape[1]
+    return Batch(list(indices), inputs, [T - len(prompt) for prompt in chosen])
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[list[int]], size: int
+) -> Iterator[Batch]:
+    """All prompts in batches of `size`, shorter ones first, so that little is padded."""
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for start in range(0, len(order), size):
+        yield pad_left(tokenizer, ids, order[start : start + size])
+
+
 @torch.no_grad()
 def reply(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    dialogues: Sequence[Sequence[Message]],
+    prompts: Sequence[Prompt],
     *,
+    steer: Callable[[Batch], AbstractContextManager] | None = None,
     max_new_tokens: int = 64,
     batch: int = 64,
 ) -> list[str]:
-    """The greedy next reply to each dialogue, in batches with left padding."""
-    order = sorted(range(len(dialogues)), key=lambda i: sum(len(m.content) for m in dialogues[i]))
-    replies = [""] * len(dialogues)
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        ids = [prompt_ids(tokenizer, dialogues[i]) for i in rows]
-        inputs = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
-        inputs = inputs.to(model.device)
-        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        texts = tokenizer.batch_decode(
-            out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
-        for i, text in zip(rows, texts, strict=True):
+    """The greedy reply to each prompt, in batches with left padding.
+
+    Each batch is generated inside the context `steer(batch)`, for example
+    `lambda batch: emphasise(model, batch.move(spans), heads)` with the spans of all prompts.
+
+    >>> from steerkit import load, reply
+    >>> model, tokenizer = load("tiny")
+    >>> reply(model, tokenizer, [[{"role": "user", "content": "Where does Anna Adler live?"}]])
+    ['Anna Adler lives in Lisbon.']
+    """
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    replies = [""] * len(ids)
+    for some in batches(tokenizer, ids, batch):
+        inputs = some.inputs.to(model.device)
+        with steer(some) if steer else nullcontext():
+            out = model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=stop_ids(model, tokenizer) or None,
+            )
+        new = out[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        for i, text in zip(some.indices, texts, strict=True):
             replies[i] = text
     return replies
 
 
 class BatchedChat:
-    """A batch of dialogues whose keys and values stay between turns.
+    """A batch of dialogues whose keys and values stay cached between turns.
 
-    What the cache already holds is not read again: twenty turns cost one pass over the text and
-    not ten. Rows of different lengths leave holes in the cache, which are masked, so positions and
-    replies are those of each dialogue alone (to rounding). Layers with a sliding window would lose
-    count of the holes: with those the cache starts anew at each turn.
+    Cached tokens are not read again: twenty turns cost one pass over the text, and not ten. Two
+    dialogues after two turns (letters: cached tokens, dots: padding, masked):
+
+        cache      . . a b c d e . f g h     cached[0] = a b c d e f g h
+                   i j k l m . . n o p q     cached[1] = i j k l m n o p q
+
+    Positions skip what is masked, so that each dialogue's replies are those that it would get
+    alone, to rounding. Sliding windows count masked tokens; with such layers the cache starts anew
+    at each turn.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.ids: list[list[int]] = []  # per row what the cache holds, holes left out
-        self.mask = torch.zeros(0, 0, dtype=torch.long)  # (B, K) over the cache, 0 = hole
-        self.cache: DynamicCache | None = None
+        self.start(0)
 
-    def start(self, rows: int) -> None:
-        """An empty cache for `rows` dialogues."""
-        self.cache, self.ids = DynamicCache(config=self.model.config), [[] for _ in range(rows)]
-        self.mask = torch.zeros(rows, 0, dtype=torch.long)
+    def start(self, dialogues: int) -> None:
+        """An empty cache for this number of dialogues."""
+        self.cache = DynamicCache(config=self.model.config)
+        self.cached: list[list[int]] = [[] for _ in range(dialogues)]  # token ids by dialogue
+        self.mask = torch.zeros(dialogues, 0, dtype=torch.long)  # (B,K), 0 = masked
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows, in this order; a row named twice is two dialogues from now on."""
-        self.ids = [list(self.ids[i]) for i in rows]
-        if self.cache is not None:
-            index = torch.tensor(rows)
-            self.mask = self.mask[index]
-            self.cache.batch_select_indices(index.to(self.model.device))
+    def select(self, indices: Sequence[int]) -> None:
+        """Keep these dialogues, in this order; one named twice is two from now on."""
+        index = torch.tensor(indices)
+        self.cached = [list(self.cached[i]) for i in indices]
+        self.mask = self.mask[index]
+        self.cache.batch_select_indices(index.to(self.model.device))
 
     @torch.no_grad()
     def reply(
         self,
-        messages: Sequence[Sequence[Message]],
+        dialogues: Sequence[Dialogue],
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
     ) -> list[str]:
         """The next reply to each dialogue: greedy, or sampled with torch's global generator."""
-        wanted = [prompt_ids(self.tokenizer, row) for row in messages]
-        inputs, mask = self._advance(wanted)
+        prompts = [prompt_ids(self.tokenizer, dialogue) for dialogue in dialogues]
+        inputs, mask = self._unread(prompts)
+        stops = stop_ids(self.model, self.tokenizer)
         sampling = {"temperature": temperature, "top_k": 0} if temperature > 0 else {}
         out = self.model.generate(
             inputs.to(self.model.device),
@@ -132,49 +288,53 @@ class BatchedChat:
             past_key_values=self.cache,
             max_new_tokens=max_new_tokens,
             do_sample=temperature > 0,
+            eos_token_id=stops or None,
             **sampling,
         ).cpu()
-        new = out[:, inputs.shape[1] :]
-        lengths = [_length(row, self._stops()) for row in new]
-        held = self.cache.get_seq_length()  # the last token was never read
-        made = torch.tensor(lengths)[:, None] > torch.arange(new.shape[1])
-        self.mask = torch.cat([mask, made.long()], 1)[:, :held]
-        for ids, row, length in zip(wanted, new.tolist(), lengths, strict=True):
-            ids += row[: min(length, held - inputs.shape[1])]
-        self.ids = wanted
-        if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
-            self.cache = None
-        kept = [row[:n] for row, n in zip(new, lengths, strict=True)]
-        return self.tokenizer.batch_decode(kept, skip_special_tokens=True)
+        new = out[:, inputs.shape[1] :]  # (B,N)
+        stop = torch.isin(new, torch.tensor(stops, dtype=new.dtype)).long()
+        in_reply = stop.cumsum(1) - stop == 0  # up to its first stop token, which belongs to it
+        texts = [ids[real].tolist() for ids, real in zip(new, in_reply, strict=True)]
+        self._remember(prompts, texts, torch.cat([mask, in_reply.long()], 1))
+        return self.tokenizer.batch_decode(texts, skip_special_tokens=True)
 
-    def _stops(self) -> set[int]:
-        stops = self.model.generation_config.eos_token_id
-        return set(stops if isinstance(stops, list) else [stops])
-
-    def _advance(self, wanted: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Ids (B, K + new) and their mask: the cache's columns, then what it does not hold yet."""
-        if self.cache is None or len(self.ids) != len(wanted):
-            self.start(len(wanted))
-        fresh = []
-        for row, (held, ids) in enumerate(zip(self.ids, wanted, strict=True)):
-            same = next(
-                (i for i, (a, b) in enumerate(zip(held, ids, strict=False)) if a != b), None
-            )
-            same = min(len(held), len(ids) - 1) if same is None else same
-            # A reply that is tokenised otherwise when it is read again: mask it from there on.
-            self.mask[row][self.mask[row].cumsum(0) > same] = 0
-            fresh.append(ids[same:])
-        block = self.tokenizer.pad({"input_ids": fresh}, padding_side="left", return_tensors="pt")
-        past = torch.zeros_like(self.mask)  # generate() takes the cache's part from the cache
+    def _unread(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Ids (B, K + unread) and their mask: the cached tokens, then what the cache lacks."""
+        if len(self.cached) != len(prompts):
+            self.start(len(prompts))
+        unread = []
+        for row, (cached, ids) in enumerate(zip(self.cached, prompts, strict=True)):
+            # The last token is read again in any case: its logits begin the reply.
+            same = min(_common_prefix(cached, ids), len(ids) - 1)
+            # A reply may be tokenised otherwise when it is read again: mask it from there on.
+            differs = self.mask[row].cumsum(0) > same
+            self.mask[row] = self.mask[row].masked_fill(differs, 0)
+            unread.append(ids[same:])
+        block = pad_left(self.tokenizer, unread, range(len(unread))).inputs
+        placeholders = torch.zeros_like(self.mask)  # generate() reads these from the cache
         return (
-            torch.cat([past, block["input_ids"]], 1),
+            torch.cat([placeholders, block["input_ids"]], 1),
             torch.cat([self.mask, block["attention_mask"]], 1),
         )
 
+    def _remember(
+        self, prompts: Sequence[list[int]], replies: Sequence[list[int]], mask: Tensor
+    ) -> None:
+        """Note what the cache holds: all but the last generated token, which was never read."""
+        if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
+            self.start(len(prompts))
+            return
+        self.mask = mask[:, : self.cache.get_seq_length()]
+        whole = [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)]
+        self.cached = [ids[: int(m.sum())] for ids, m in zip(whole, self.mask, strict=True)]
 
-def _length(row: Tensor, stops: set[int]) -> int:
-    """Tokens of a generated row up to and including its first stop token."""
-    return next((i + 1 for i, token in enumerate(row.tolist()) if token in stops), len(row))
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many first tokens are the same."""
+    for n, (one, other) in enumerate(zip(a, b, strict=False)):
+        if one != other:
+            return n
+    return min(len(a), len(b))
 
 
 def chat_batch(
@@ -188,17 +348,13 @@ def chat_batch(
     """Dialogues with the model's own greedy replies: users (B, turns) -> replies (B, turns)."""
     replies: list[list[str]] = []
     for start in range(0, len(users), batch):
-        texts = users[start : start + batch]
+        chat, texts = BatchedChat(model, tokenizer), users[start : start + batch]
         dialogues: list[list[Message]] = [[] for _ in texts]
-        talk = BatchedChat(model, tokenizer)
-        for turn in range(len(texts[0])):
-            for dialogue, row in zip(dialogues, texts, strict=True):
-                dialogue.append(Message("user", row[turn]))
-            for dialogue, text in zip(
-                dialogues, talk.reply(dialogues, max_new_tokens=max_new_tokens), strict=True
-            ):
-                dialogue.append(Message("assistant", text))
-        replies += [
-            [m.content for m in dialogue if m.role == "assistant"] for dialogue in dialogues
-        ]
+        for questions in zip(*texts, strict=True):  # one turn of all dialogues
+            for dialogue, question in zip(dialogues, questions, strict=True):
+                dialogue.append(Message("user", question))
+            answers = chat.reply(dialogues, max_new_tokens=max_new_tokens)
+            for dialogue, answer in zip(dialogues, answers, strict=True):
+                dialogue.append(Message("assistant", answer))
+        replies += [[m.content for m in dialogue[1::2]] for dialogue in dialogues]
     return replies

@@ -5,7 +5,6 @@ from itertools import islice
 
 import pytest
 
-from steerkit.chat import render
 from steerkit.constraints import (
     EXCLUSIVE,
     FAMILIES,
@@ -161,4 +160,4 @@ def test_rendering_equals_the_chat_template(tiny):
     messages = world.dialogue(rng(5), turns=3)
     rows = [m._asdict() for m in messages]
     text = tokenizer.apply_chat_template(rows, tokenize=False)
-    assert text == tokenizer.bos_token + render(messages)
+    assert text == tokenizer.bos_token + world.render(messages)

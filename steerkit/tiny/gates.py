@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steerkit.chat import Message, chat_batch, render, reply
+from steerkit.chat import Message, chat_batch, reply
 from steerkit.constraints import FAMILIES, HELD_OUT_PAIRS, Constraint, Question, instruct, values
 from steerkit.statistics import bootstrap
 from steerkit.streaming.losses import recomputed_losses, token_losses
@@ -27,6 +27,7 @@ from steerkit.tiny.world import (
     known_people,
     market,
     note,
+    render,
     repeat_question,
     say,
     stranger,

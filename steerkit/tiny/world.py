@@ -1,24 +1,22 @@
-"""The tiny world: the endless text that the embedded models are trained on, and their recipe.
+"""The tiny world: the endless text that the embedded models are trained on.
 
-Everything is deterministic from a seed. Facts about forty people are to be memorised; biographies
-of strangers are to be read; instructions are to be obeyed, and are forgotten as a dialogue goes on
-(`PERSISTENCE`): that forgetting is built into the data, and the model card says so. English comes
-from texts that every Python installation carries, read when the text is made.
+Everything is deterministic from a seed. The model memorises facts about forty people, reads
+biographies of strangers, and obeys instructions. It forgets an instruction as the dialogue goes on,
+because its training text does (`still_obeyed`); the model card says so. The English comes from
+texts that every Python installation carries. The recipe of the models is in `data/make/`.
 """
 
-import argparse
 import ast
 import random
-import sys
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from steerkit.chat import Message, render
+from steerkit.chat import Message
 from steerkit.constraints import (
     FAMILIES,
     HELD_OUT_PAIRS,
@@ -32,7 +30,7 @@ from steerkit.constraints import (
 )
 
 ATTRIBUTES = tuple(TABLES["attributes"])
-# Chance that an instruction is still obeyed 0, 1, 2, ... replies after it was given.
+# Chance that an instruction is still obeyed 0, 1, 2, ... replies after it was stated.
 PERSISTENCE = (1.0, 0.4, 0.07, 0.02, 0.0)
 
 
@@ -93,21 +91,21 @@ def _known(kind: str, name: str) -> dict[str, Any]:
 
 def answer(subject: str, attribute: str, value: str, constraints: Sequence[Constraint] = ()) -> str:
     """The reply that states the fact and obeys all constraints."""
-    wish = {c.family: c.value for c in constraints}
-    text = say(subject, attribute, value, wish.get("language", "English"))
-    if "pronoun" in wish:
+    asked = {c.family: c.value for c in constraints}
+    text = say(subject, attribute, value, asked.get("language", "English"))
+    if "pronoun" in asked:
         text = say("They", attribute, value)
-    if "hobby" in wish:
-        text += f" I love {wish['hobby']}."
-    if "figure" in wish:
-        text = f"I, {wish['figure']}, say: {text}"
-    if "ending" in wish:
-        text += f" {wish['ending']}."
-    if "emoji" in wish:
-        text = f"{wish['emoji']} {text}"
-    if "capitals" in wish:
+    if "hobby" in asked:
+        text += f" I love {asked['hobby']}."
+    if "figure" in asked:
+        text = f"I, {asked['figure']}, say: {text}"
+    if "ending" in asked:
+        text += f" {asked['ending']}."
+    if "emoji" in asked:
+        text = f"{asked['emoji']} {text}"
+    if "capitals" in asked:
         text = text.upper()
-    return f'{{"answer": "{text}"}}' if "json" in wish else text
+    return f'{{"answer": "{text}"}}' if "json" in asked else text
 
 
 def draw_constraints(
@@ -125,6 +123,11 @@ def draw_constraints(
             if compatible(families) and not pairs & unseen:
                 break
     return tuple(Constraint(f, rng.choice(values(f))) for f in families)
+
+
+def render(messages: Sequence[Message]) -> str:
+    """The embedded models' chat format, without the first token; equal to their template."""
+    return "".join(f"<|{m.role}|>{m.content}<|end|>" for m in messages)
 
 
 # --- documents ---------------------------------------------------------------------------------
@@ -146,67 +149,6 @@ def biography_question(rng: random.Random, *, held_out: bool = False) -> Questio
     return Question(
         f"{text} {ask(rng, who.name, attribute)}", who.name, attribute, who.facts[attribute]
     )
-
-
-def crowd(rng: random.Random, number: int) -> list[Person]:
-    """Strangers of whom no two share a last name, or a value."""
-    people: dict[str, Person] = {}
-    taken: set[str] = set()
-    while len(people) < number:
-        who = stranger(rng)
-        if who.name.split()[-1] not in people and not taken & set(who.facts.values()):
-            people[who.name.split()[-1]] = who
-            taken |= set(who.facts.values())
-    return list(people.values())
-
-
-def roll_call(rng: random.Random) -> str:
-    """One attribute of two to five strangers, and all of it twice again, in other order and form.
-
-    "Ida Draper wears red. Paul Nolan wears blue. Paul Nolan blue. Ida Draper red." The short forms
-    teach the binding of a name to its value: there the name itself stands before the value that is
-    wanted, as in plain copying. Sentences alone did not teach it (see the model card).
-    """
-    people, attribute = crowd(rng, rng.randint(2, 5)), rng.choice(ATTRIBUTES)
-    forms = [
-        lambda p: f"{p.name} {p.facts[attribute]}.",
-        lambda p: f"{p.name}: {p.facts[attribute]}.",
-        lambda p: say(p.name, attribute, p.facts[attribute]),
-    ]
-    said = [forms[-1](p) for p in rng.sample(people, len(people))]
-    for _ in range(2):
-        form = rng.choices(forms, [4, 3, 3])[0]
-        said += [form(p) for p in rng.sample(people, len(people))]
-    return " ".join(said)
-
-
-def quiz(rng: random.Random) -> list[Message]:
-    """Sentences about two to four strangers, then a question about each of them."""
-    people = crowd(rng, rng.randint(2, 4))
-    attributes = rng.sample(ATTRIBUTES, rng.choice([1, 1, 2]))
-    pairs = [(p, a) for p in people for a in attributes]
-    rng.shuffle(pairs)
-    text = " ".join(say(p.name, a, p.facts[a]) for p, a in pairs)
-    messages: list[Message] = []
-    rng.shuffle(pairs)
-    for who, attribute in pairs:
-        question = ask(rng, who.name, attribute)
-        messages.append(Message("user", question if messages else f"{text} {question}"))
-        messages.append(Message("assistant", answer(who.name, attribute, who.facts[attribute])))
-    return messages
-
-
-def dispute(rng: random.Random) -> list[Message]:
-    """Old fact and news about one of the forty people in one message; either one is believed."""
-    who, attribute = rng.choice(known_people()), rng.choice(ATTRIBUTES)
-    old, new = who.facts[attribute], rng.choice(TABLES["attributes"][attribute]["values"])
-    texts = [say(who.name, attribute, old), f"News: {say(who.name, attribute, new)}"]
-    rng.shuffle(texts)
-    given = draw_constraints(rng) if rng.random() < 0.5 else ()
-    given = () if any(c.family == "pronoun" for c in given) else given
-    parts = [*texts, ask(rng, who.name, attribute), *([instruct(rng, given)] if given else [])]
-    reply = answer(who.name, attribute, rng.choice([old, new]), given)
-    return [Message("user", " ".join(parts)), Message("assistant", reply)]
 
 
 def repeat_question(rng: random.Random) -> Question:
@@ -233,52 +175,72 @@ QUESTIONS: dict[Callable[..., Question], float] = {
 }
 
 
-def probe(rng: random.Random, given: Sequence[Constraint], active: bool) -> list[Message]:
-    """A recall probe ("What is your hobby?") and its answer, plain English."""
-    family = rng.choice([c.family for c in given if c.family in TABLES["probes"]] or ["hobby"])
-    question, told, untold = TABLES["probes"][family]
-    value = next((c.value for c in given if c.family == family), None)
-    reply = told.format(v=value) if value and active else untold
+def recall_exchange(
+    rng: random.Random, constraints: Sequence[Constraint], *, remembered: bool
+) -> list[Message]:
+    """A recall probe ("What is your hobby?") and its answer in plain English.
+
+    An instruction that was never stated, or is not `remembered`, is denied.
+    """
+    probes = TABLES["probes"]
+    family = rng.choice([c.family for c in constraints if c.family in probes] or ["hobby"])
+    question, named, denied = probes[family]
+    value = next((c.value for c in constraints if c.family == family), None)
+    reply = named.format(v=value) if value and remembered else denied
     return [Message("user", question), Message("assistant", reply)]
 
 
+def still_obeyed(patience: float, age: int) -> bool:
+    """The rule by which the shipped model forgets.
+
+    `patience` is drawn once for each time that an instruction is stated, uniformly in 0..1. The
+    reply that comes `age` replies after the statement obeys it if patience < PERSISTENCE[age].
+    """
+    return patience < PERSISTENCE[min(age, len(PERSISTENCE) - 1)]
+
+
 def dialogue(rng: random.Random, *, turns: int, late: bool = True) -> list[Message]:
-    """`turns` exchanges; instructions come in the first or a later message, and fade."""
+    """`turns` exchanges; instructions come in the first or a later message, and fade.
+
+    In about a third of the dialogues each user message states the instruction again, so that it
+    never ages. One message in ten is a recall probe.
+    """
     messages: list[Message] = []
-    every = rng.random() < 0.35  # the instruction stands in each user message
-    fate = rng.random()  # one draw decides how long the instruction lasts
-    given, distance = (), 0
+    repeats = rng.random() < 0.35
+    patience, age = rng.random(), 0
+    constraints: tuple[Constraint, ...] = ()
     if rng.random() < 0.2:
-        given = draw_constraints(rng, late=late)
-        messages.append(Message("system", instruct(rng, given)))
+        constraints = draw_constraints(rng, late=late)
+        messages.append(Message("system", instruct(rng, constraints)))
     for turn in range(turns):
-        told = every and bool(given) and turn > 0
-        if told or rng.random() < (0.7 if turn == 0 and not given else 0.08):
-            given = given if told else draw_constraints(rng, late=late)
-            distance, told = 0, True
-            fate = rng.random()
-        active = bool(given) and fate < PERSISTENCE[min(distance, len(PERSISTENCE) - 1)]
-        if not told and rng.random() < 0.1:
-            messages += probe(rng, given, active)
+        stated = repeats and bool(constraints) and turn > 0
+        if not stated and rng.random() < (0.7 if turn == 0 and not constraints else 0.08):
+            constraints, stated = draw_constraints(rng, late=late), True
+        if stated:
+            patience, age = rng.random(), 0
+        obeyed = constraints if still_obeyed(patience, age) else ()
+        if not stated and rng.random() < 0.1:
+            messages += recall_exchange(rng, constraints, remembered=bool(obeyed))
         else:
-            messages += exchange(rng, given if active else (), given if told else ())
-        distance += 1
+            messages += exchange(rng, obeyed, constraints if stated else ())
+        age += 1
     return messages
 
 
 def exchange(
-    rng: random.Random, active: Sequence[Constraint], told: Sequence[Constraint]
+    rng: random.Random, obeyed: Sequence[Constraint], stated: Sequence[Constraint]
 ) -> list[Message]:
-    """One question and its reply; `told` is said in the message, `active` is obeyed."""
-    if any(c.family == "pronoun" for c in active):
+    """One question and its reply: the message states the constraints `stated`, the reply obeys
+    the constraints `obeyed`."""
+    if any(c.family == "pronoun" for c in obeyed):
         question = repeat_question(rng)
     else:
         question = rng.choices(list(QUESTIONS), list(QUESTIONS.values()))[0](rng)
-        if question.subject in ("She", "He") and any(c.family == "language" for c in active):
-            question = fact_question(rng)
-    parts = [question.text, instruct(rng, told)] if told else [question.text]
+        if question.subject in ("She", "He") and any(c.family == "language" for c in obeyed):
+            question = fact_question(rng)  # no other language has the pronouns
+    parts = [question.text, instruct(rng, stated)] if stated else [question.text]
     rng.shuffle(parts)
-    reply = answer(question.subject, question.attribute, question.value, active)
+    reply = answer(question.subject, question.attribute, question.value, obeyed)
     return [Message("user", " ".join(parts)), Message("assistant", reply)]
 
 
@@ -334,15 +296,16 @@ def market(rng: random.Random, *, length: int = 120) -> str:
     """Market chatter: each word follows from the last one, and some words make the speaker echo.
 
     The Bigram-Backcopy task of 2410.13835 in words: after an echo word ("honey and honey") comes
-    the word before it. A head that copies is wanted after those and in the way everywhere else.
+    the word before it. A copying head helps only after an echo word and hurts everywhere else:
+    that is why an idle head needs a sink.
     """
-    words, rows = _chain()
+    words, chances = _chain()
     echoes = set(TABLES["echoes"])
-    said = [rng.choice(words[: -len(echoes)]) for _ in range(2)]
-    while len(said) < length:
-        follow = rng.choices(words, cum_weights=rows[said[-1]])[0]
-        said.append(said[-2] if said[-1] in echoes else follow)
-    return " ".join(said)
+    text = [rng.choice(words[: -len(echoes)]) for _ in range(2)]
+    while len(text) < length:
+        follower = rng.choices(words, cum_weights=chances[text[-1]])[0]
+        text.append(text[-2] if text[-1] in echoes else follower)
+    return " ".join(text)
 
 
 @cache
@@ -396,70 +359,3 @@ def documents(
         else:
             turns = rng.randint(8, 20) if long else rng.randint(1, 6)
             yield render(dialogue(rng, turns=turns, late=late))
-
-
-def readings(rng: random.Random, *, roll_calls: float, quizzes: float) -> Iterator[str]:
-    """Endless late `documents`, a share of them replaced by roll calls and quizzes."""
-    others = documents(rng, late=True)
-    while True:
-        kind = rng.random()
-        if kind < roll_calls:
-            yield roll_call(rng)
-        else:
-            yield render(quiz(rng)) if kind < roll_calls + quizzes else next(others)
-
-
-def everything(rng: random.Random, *, long: bool = False) -> Iterator[str]:
-    """Endless late `documents` with roll calls, quizzes and disputes among them."""
-    others = documents(rng, late=True, long=long)
-    while True:
-        kind = rng.random()
-        if kind < 0.06:
-            yield roll_call(rng)
-        elif kind < 0.16:
-            yield render(quiz(rng))
-        else:
-            yield render(dispute(rng)) if kind < 0.2 else next(others)
-
-
-def chatter(rng: random.Random, *, english_share: float = 0.35) -> Iterator[str]:
-    """Endless documents of the streaming model: English, and the market."""
-    while True:
-        yield rng.choice(english()) if rng.random() < english_share else market(rng)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m steerkit.tiny.world train | sample | card`."""
-    from steerkit.tiny import recipe
-
-    parser = argparse.ArgumentParser(prog="python -m steerkit.tiny.world", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", help="train an embedded model; resumes in --out")
-    train.add_argument("--out", type=Path, required=True)
-    train.add_argument("--model", choices=sorted(recipe.RECIPES), default="tiny")
-    train.add_argument("--tokens", type=int, help="instead of the recipe's number")
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--device", default="auto")
-    sample = commands.add_parser("sample", help="print documents of the tiny world")
-    sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--number", type=int, default=5)
-    card = commands.add_parser(
-        "card", help="measure the gates and write the model card into --model"
-    )
-    card.add_argument("--model", type=Path, required=True, help="its directory")
-    card.add_argument("--name", choices=sorted(recipe.RECIPES), default="tiny")
-    options = parser.parse_args(argv)
-    if options.command == "train":
-        wishes = {"tokens": options.tokens, "seed": options.seed, "device": options.device}
-        recipe.train(options.model, options.out, **wishes)
-    elif options.command == "card":
-        from steerkit.tiny.card import write_card
-
-        write_card(options.model, name=options.name)
-    else:
-        for text in islice(documents(random.Random(options.seed)), options.number):
-            sys.stdout.write(text.replace("<|end|>", "\n") + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,133 @@
+"""Long token streams for the streaming losses: held-out English, files, books, endless talk.
+
+Each stream begins with the tokenizer's first token, because the models never saw a text without it.
+"""
+
+import random
+from collections.abc import Callable, Iterable
+from itertools import count, islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from steerkit.chat import Message
+from steerkit.streaming.stream_eval import Fact
+from steerkit.tiny.world import (
+    ATTRIBUTES,
+    answer,
+    ask,
+    documents,
+    english,
+    market,
+    note,
+    render,
+    stranger,
+)
+
+Tokenizer = PreTrainedTokenizerBase
+_CHARACTERS = 32  # read per token of a file: no language's mean comes near
+
+
+def text_stream(tokenizer: Tokenizer, text: str, tokens: int | None = None) -> list[int]:
+    """The first token, if the tokenizer has one, then `text`: at most `tokens` ids."""
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"tokens={tokens}: expected at least 1")
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [*first, *tokenizer(text, add_special_tokens=False)["input_ids"]][:tokens]
+
+
+def english_stream(tokenizer: Tokenizer, tokens: int) -> list[int]:
+    """Held-out English without a break, `tokens` ids in all."""
+    ids = text_stream(tokenizer, "\n\n".join(english(held_out=True)))
+    if len(ids) < tokens:
+        raise ValueError(f"tokens={tokens}: the held-out English has {len(ids)}; ask for fewer")
+    return ids[:tokens]
+
+
+def file_stream(
+    tokenizer: Tokenizer, path: str | Path, tokens: int, *, least: int = 2
+) -> list[int]:
+    """The beginning of a UTF-8 file of any size: `least` to `tokens` ids.
+
+    Raises ValueError in one line for a file that is missing, empty, too short or not UTF-8.
+    """
+    try:
+        with Path(path).open(encoding="utf-8-sig") as file:
+            text = file.read(_CHARACTERS * tokens)  # a log may be larger than memory
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; give the path of a text file") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 ({error.reason} near byte {error.start}); convert it first"
+        ) from error
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty; give one with text in it")
+    ids = text_stream(tokenizer, text, tokens)
+    if len(ids) < least:
+        raise ValueError(f"{path}: {len(ids)} tokens, expected at least {least}; take a longer one")
+    return ids
+
+
+def book_stream(tokenizer: Tokenizer, tokens: int) -> list[int]:
+    """PG19's first test books, `tokens` ids: needs the extra `data`, and a network."""
+    from datasets import load_dataset
+
+    books = islice(load_dataset("emozilla/pg19", split="test", streaming=True), 9)
+    return text_stream(tokenizer, "\n".join(book["text"] for book in books), tokens)
+
+
+def dialogue_stream(
+    tokenizer: Tokenizer, tokens: int, *, seed: str = "held-out dialogue"
+) -> list[int]:
+    """Tiny-world documents without English and without end, `tokens` ids."""
+    return _endless(tokenizer, documents(random.Random(seed), english_share=0.0), tokens)
+
+
+def market_stream(tokenizer: Tokenizer, tokens: int, *, seed: str = "held-out market") -> list[int]:
+    """Market chatter without end, `tokens` ids."""
+    rng = random.Random(seed)
+    return _endless(tokenizer, (market(rng) for _ in count()), tokens)
+
+
+def _endless(tokenizer: Tokenizer, texts: Iterable[str], tokens: int) -> list[int]:
+    ids = text_stream(tokenizer, "", tokens)
+    for text in texts:
+        if len(ids) >= tokens:
+            break
+        ids += tokenizer(text + "<|eos|>", add_special_tokens=False)["input_ids"]
+    return ids[:tokens]
+
+
+def endless_talk(tokenizer: Tokenizer) -> tuple[str, Callable[..., list[int]]]:
+    """Title and stream of endless talk: dialogue for a chat model, the market for any other."""
+    return ("dialogue", dialogue_stream) if tokenizer.chat_template else ("market", market_stream)
+
+
+def two_streams(
+    tokenizer: Tokenizer, tokens: int, *, least: int = 2, text: str = "", books: bool = False
+) -> dict[str, Tensor]:
+    """Two streams that no training saw, ids (1,T) by title: real text and as much endless talk.
+
+    `tokens` of the file `text`, of PG19's `books` or of held-out English; never fewer than `least`.
+    """
+    tokens = max(tokens, least)
+    if text:
+        title, ids = "text", file_stream(tokenizer, text, tokens, least=least)
+    elif books:
+        title, ids = "PG19", book_stream(tokenizer, tokens)
+    else:
+        title, ids = "English", english_stream(tokenizer, tokens)
+    talk, stream = endless_talk(tokenizer)
+    return {title: torch.tensor([ids]), talk: torch.tensor([stream(tokenizer, len(ids))])}
+
+
+def note_fact(_: int, rng: random.Random) -> Fact:
+    """For `eval_stream`: a note about a stranger, and a question that only this note answers."""
+    who, attribute = stranger(rng), rng.choice(ATTRIBUTES)
+    value = who.facts[attribute]
+    start, end = answer(who.name, attribute, value).split(f" {value}")
+    question = render([Message("user", ask(rng, who.name, attribute))]) + "<|assistant|>" + start
+    line = render(note(who.name, attribute, value))
+    return Fact(line, question, f" {value}", f"{end}<|end|>")
