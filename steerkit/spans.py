@@ -1,8 +1,8 @@
-"""Spans from text: which tokens of a prompt are a phrase, a message, or marked.
+"""Spans of tokens: a phrase, a message, a turn, or what stands between marks.
 
-A prompt is a text or a list of messages, which the tokenizer's chat template renders, open for the
-next reply. Spans are [start, end) token positions in the prompt by itself; `encode` pads a batch on
-the left and moves them. Every span is checked by decoding its tokens back.
+A span is a pair [start, end) of token positions in its prompt. A dialogue is rendered by the
+tokenizer's chat template, open for the next reply. Spans that name a text are checked: their
+tokens, decoded, read as it does. `encode` pads a batch on the left and moves its spans.
 """
 
 import re
@@ -14,17 +14,27 @@ import torch
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from steerkit.chat import Message
+from steerkit.chat import (
+    Dialogue,
+    Message,
+    Prompt,
+    as_messages,
+    pad_left,
+    prompt_ids,
+    template_pieces,
+    template_text,
+)
 
-Prompt = str | Sequence[Message]
-Span = tuple[int, int] | tuple[int, int, float]
-"""Tokens [start, end) of the prompt, left padding counted; a third number is the span's alpha."""
+Span = tuple[int, int]
 Spans = Tensor | Sequence[Sequence[Span]]
-"""A bool mask (B,T), True = emphasised, or for each row of the batch its list of spans."""
-Reduce = Callable[..., Tensor]
-"""Called as reduce(values, dim=-1), as in `torch.amax`, or `partial(torch.quantile, q=0.99)`."""
+"""A bool mask (B,T), True = in a span, or for each prompt of the batch its list of spans.
+Positions count a batch's left padding."""
+
 _MARKS = re.compile(r"\*\*(.+?)\*\*|<em>(.+?)</em>", re.DOTALL)
-_LOOSE = re.compile(r"\*\*|</?em>")
+_SINGLE_MARK = re.compile(r"\*\*|</?em>")
+
+
+# --- phrases and messages ----------------------------------------------------------------------
 
 
 def find_span(
@@ -34,11 +44,18 @@ def find_span(
     *,
     occurrence: int | None = None,
     message: int | None = None,
-) -> tuple[int, int]:
+) -> Span:
     """Tokens [start, end) of `phrase`, which must stand in the prompt once.
 
     Otherwise `occurrence` says which one, from 0; -1 is the last. `message` looks in one message
     only (from 0, negative from the end).
+
+    >>> from steerkit import find_span, load
+    >>> _, tokenizer = load("tiny")
+    >>> prompt = "Where does Anna Adler live? Hobby: chess."
+    >>> start, end = find_span(tokenizer, prompt, "Hobby: chess.")
+    >>> tokenizer.decode(tokenizer(prompt)["input_ids"][start:end]).strip()
+    'Hobby: chess.'
     """
     spans = find_spans(tokenizer, prompt, phrase, message=message)
     if occurrence is None and len(spans) > 1:
@@ -60,84 +77,78 @@ def find_spans(
     phrase: str,
     *,
     message: int | None = None,
-) -> list[tuple[int, int]]:
+) -> list[Span]:
     """Tokens [start, end) of every occurrence of `phrase`, at least one.
 
     What only looks like it inside other tokens ("cat" in "category") is not an occurrence.
     """
-    text = _tokenized(tokenizer, prompt)
-    first, last = (
-        (0, len(text.text)) if message is None else _content(tokenizer, prompt, message, text)
-    )
-    wanted = phrase.strip()
-    if not wanted:
-        raise ValueError(f"phrase {phrase!r} is empty")
-    matches = [m.span() for m in re.finditer(re.escape(wanted), text.text[first:last])]
-    covering = [text.covering(first + start, first + end) for start, end in matches]
-    found = [span for span in covering if _same(text.decode(*span), wanted)]
-    if covering and not found:
-        raise ValueError(
-            f"{wanted!r} does not end where tokens end: its tokens read "
-            f"{text.decode(*covering[0])!r}; take those words as the phrase"
-        )
-    if not found:
-        raise ValueError(f"{wanted!r} is not in the prompt {_short(text.text[first:last])!r}")
-    return found
+    phrase = phrase.strip()
+    if not phrase:
+        raise ValueError("the phrase is empty: give the words to look for")
+    if message is None:
+        text = _tokenized(tokenizer, prompt)
+        first, last = 0, len(text.text)
+    else:
+        text, (first, last) = _message(tokenizer, prompt, message)
+    matches = re.finditer(re.escape(phrase), text.text[first:last])
+    covering = [text.covering(first + m.start(), first + m.end()) for m in matches]
+    spans = [span for span in covering if _same_words(text.decode(*span), phrase)]
+    if not covering:
+        raise ValueError(f"{phrase!r} is not in the prompt {_short(text.text[first:last])!r}")
+    if not spans:
+        raise _cut_token(phrase, text.decode(*covering[0]))
+    return spans
 
 
-def message_span(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], index: int
-) -> tuple[int, int]:
+def message_span(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, index: int) -> Span:
     """Tokens [start, end) of the content of message `index` (from 0, negative from the end)."""
-    text = _tokenized(tokenizer, messages)
-    return _checked(text, *_content(tokenizer, messages, index, text))
+    text, place = _message(tokenizer, dialogue, index)
+    return text.exactly(*place)
 
 
-def read_marks(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt
-) -> tuple[Prompt, list[tuple[int, int]]]:
+def read_marks(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[Prompt, list[Span]]:
     """The prompt without its marks, and the tokens that stood between them.
 
     Marks are `**...**` and `<em>...</em>`, and do not nest.
     """
-    contents = [prompt] if isinstance(prompt, str) else [m.content for m in prompt]
-    stripped = [_strip(content) for content in contents]
-    if not any(ranges for _, ranges in stripped):
-        raise ValueError(
-            f"no marks in {_short(contents[-1])!r}: expected **emphasised** or <em>emphasised</em>"
-        )
     if isinstance(prompt, str):
-        plain, starts = stripped[0][0], [0]
-        text = _tokenized(tokenizer, plain)
+        plain, marked = _without_marks(prompt)
+        text, places = _tokenized(tokenizer, plain), marked
     else:
-        plain = [m._replace(content=new) for m, (new, _) in zip(prompt, stripped, strict=True)]
-        text = _tokenized(tokenizer, plain)
-        starts = [
-            _content(tokenizer, plain, i, text)[0] if ranges else 0
-            for i, (_, ranges) in enumerate(stripped)
+        stripped = [_without_marks(m.content) for m in as_messages(prompt)]
+        plain = [
+            m._replace(content=content)
+            for m, (content, _) in zip(as_messages(prompt), stripped, strict=True)
         ]
-    return plain, [
-        _checked(text, start + a, start + b)
-        for start, (_, ranges) in zip(starts, stripped, strict=True)
-        for a, b in ranges
-    ]
+        text, contents = _contents(tokenizer, plain)
+        starts = [  # of each content's first character, where the template trims it, too
+            start - m.content.index(text.text[start:end])
+            for m, (start, end) in zip(plain, contents, strict=True)
+        ]
+        places = [
+            (start + a, start + b)
+            for start, (_, marked) in zip(starts, stripped, strict=True)
+            for a, b in marked
+        ]
+    if not places:
+        raise ValueError(
+            f"no marks in {_short(text.text)!r}: expected **emphasised** or <em>emphasised</em>"
+        )
+    return plain, [text.exactly(*place) for place in places]
+
+
+# --- batches -----------------------------------------------------------------------------------
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    spans: Sequence[Sequence[tuple[int, int]]],
-) -> tuple[BatchEncoding, list[list[tuple[int, int]]]]:
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], spans: Sequence[Sequence[Span]]
+) -> tuple[BatchEncoding, list[list[Span]]]:
     """The prompts as one batch (B,T), padded on the left, and their spans where they now stand."""
     if len(prompts) != len(spans):
         raise ValueError(f"{len(prompts)} prompts, spans for {len(spans)}: one list for each")
-    ids = [_tokenized(tokenizer, prompt).ids for prompt in prompts]
-    inputs = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
-    pads = [inputs["input_ids"].shape[1] - len(row) for row in ids]
-    return inputs, [
-        [(pad + start, pad + end) for start, end in row]
-        for pad, row in zip(pads, spans, strict=True)
-    ]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    batch = pad_left(tokenizer, ids, range(len(ids)))
+    return batch.inputs, batch.move(spans)
 
 
 def span_mask(spans: Spans) -> tuple[Tensor, bool]:
@@ -151,33 +162,33 @@ def span_mask(spans: Spans) -> tuple[Tensor, bool]:
         if empty := (~spans.any(dim=1)).nonzero().flatten().tolist():
             raise ValueError(f"rows {empty} of the mask are empty: mark at least one token each")
         return spans.detach().cpu().clone(), True
-    ends = [_last_end(row, number) for number, row in enumerate(spans)]
-    if not ends:
+    if not len(spans):
         raise ValueError("no spans: expected for each row a list of (start, end), as [[(5, 12)]]")
-    inside = torch.zeros(len(ends), max(ends), dtype=torch.bool)
-    for row, each in zip(inside, spans, strict=True):
-        for start, end, *_ in each:
-            row[start:end] = True
+    for number, row in enumerate(spans):
+        _check_spans(row, number)
+    inside = torch.zeros(len(spans), max(end for row in spans for _, end in row), dtype=torch.bool)
+    for mask, row in zip(inside, spans, strict=True):
+        for start, end in row:
+            mask[start:end] = True
     return inside, False
 
 
-def _last_end(row: Sequence[Span], number: int) -> int:
-    if not isinstance(row, Sequence) or not row or not all(_is_span(span) for span in row):
+def _check_spans(row: object, number: int) -> None:
+    pairs = isinstance(row, Sequence) and all(isinstance(x, Sequence) and len(x) == 2 for x in row)
+    if not pairs or not row:
         raise ValueError(
             f"row {number} of the spans is {row!r}: expected a list of at least one (start, end), "
             "as in [[(5, 12)]] for one prompt"
         )
-    for start, end, *_ in row:
+    for start, end in row:
         if not 0 <= start < end:
             raise ValueError(
                 f"row {number}: span [{start}, {end}) is empty, reversed or negative: expected "
                 "0 <= start < end"
             )
-    return max(span[1] for span in row)
 
 
-def _is_span(span: object) -> bool:
-    return isinstance(span, Sequence) and len(span) in (2, 3)
+# --- turns -------------------------------------------------------------------------------------
 
 
 class Turn(NamedTuple):
@@ -192,149 +203,156 @@ class Turn(NamedTuple):
     end: int
 
 
-def find_turns(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
-) -> tuple[Tensor, list[Turn]]:
-    """Token ids (1,T) of a dialogue and where its messages stand, from the chat template.
+def find_turns(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> tuple[Tensor, list[Turn]]:
+    """Token ids (1,T) of a dialogue, not opened for a reply, and the tokens of each message.
 
-    Each message reaches from where the template's text grows by it. Raises ValueError for a
-    template that rewrites earlier text, where no message has a place of its own.
+    A message ends where the template's text ends if the dialogue ends with it. Raises ValueError
+    for a template that writes another end when more messages follow.
     """
-    if not messages:
-        raise ValueError("no messages: give at least one")
-    rows = [message._asdict() for message in messages]
-    texts = [tokenizer.apply_chat_template(rows[: n + 1], tokenize=False) for n in range(len(rows))]
-    if rewritten := [n for n, text in enumerate(texts) if not texts[-1].startswith(text)]:
-        raise ValueError(
-            f"the chat template rewrites message {rewritten[0]} when others follow, so messages "
-            "have no place of their own; use a template that only appends"
-        )
-    encoded = tokenizer(texts[-1], add_special_tokens=False, return_offsets_mapping=True)
-    starts = torch.tensor([start for start, _ in encoded["offset_mapping"]])
-    ends = [int((starts < len(text)).sum()) for text in texts]
+    messages = as_messages(dialogue)
+    text, contents = _contents(tokenizer, messages, opened=False)
+    ends = [0]
+    for n, (_, content_end) in enumerate(contents):
+        closing = template_pieces(tokenizer, messages[: n + 1], opened=False)[-1]
+        if not text.text.startswith(closing, content_end):
+            raise ValueError(
+                f"the chat template rewrites the end of message {n} when others follow, so "
+                "messages have no place of their own; use a template that only appends"
+            )
+        ends.append(text.tokens_before(content_end + len(closing)))
     numbers = accumulate(int(message.role == "user") for message in messages)
-    places = zip(numbers, messages, [0, *ends], ends, strict=False)
-    return (
-        torch.tensor([encoded["input_ids"]]),
-        [Turn(number, message.role, start, end) for number, message, start, end in places],
-    )
-
-
-def turn_of(turns: Sequence[Turn]) -> Tensor:
-    """Number of the turn that each token belongs to: (T,)."""
-    return torch.cat([torch.full((turn.end - turn.start,), turn.number) for turn in turns])
+    places = zip(numbers, messages, ends, ends[1:], strict=False)
+    return torch.tensor([text.ids]), [Turn(n, m.role, start, end) for n, m, start, end in places]
 
 
 def reduce_by_turn(
-    values: Tensor, turns: Sequence[Turn], *, role: str = "assistant", reduce: Reduce = torch.mean
+    values: Tensor,
+    turns: Sequence[Turn],
+    *,
+    role: str = "assistant",
+    reduce: Callable[..., Tensor] = torch.mean,
 ) -> Tensor:
-    """`reduce` values (...,T) over the tokens of each message of `role`, in order -> (...,N)."""
+    """Values (...,T) reduced over the tokens of each message of `role`, in order -> (...,N).
+
+    Called as `reduce(values, dim=-1)`, like `torch.amax` or `partial(torch.quantile, q=0.99)`.
+    """
     if values.shape[-1] != turns[-1].end:
         raise ValueError(
             f"values of {values.shape[-1]} tokens, turns of {turns[-1].end}: they belong to "
             "different texts"
         )
-    rows = [reduce(values[..., t.start : t.end], dim=-1) for t in turns if t.role == role]
-    if not rows:
+    reduced = [reduce(values[..., t.start : t.end], dim=-1) for t in turns if t.role == role]
+    if not reduced:
         raise ValueError(
             f"no message of role {role!r}: there are {sorted({t.role for t in turns})}"
         )
-    return torch.stack(rows, dim=-1)
+    return torch.stack(reduced, dim=-1)
+
+
+# --- characters and tokens ---------------------------------------------------------------------
 
 
 class _Text(NamedTuple):
-    """A rendered prompt, its token ids, and the characters [start, end) that each stands for."""
+    """A prompt's text, its token ids, and the characters [start, end) that each stands for."""
 
     text: str
     ids: list[int]
     offsets: list[tuple[int, int]]
     tokenizer: PreTrainedTokenizerBase
 
-    def covering(self, start: int, end: int) -> tuple[int, int]:
+    def covering(self, start: int, end: int) -> Span:
         """The tokens that hold any of these characters; pieces of one character included."""
         inside = [t for t, (a, b) in enumerate(self.offsets) if a < end and b > start]
         return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+    def exactly(self, start: int, end: int) -> Span:
+        """The tokens that hold these characters, outer spaces left out, and nothing else."""
+        phrase = self.text[start:end]
+        first = start + len(phrase) - len(phrase.lstrip())
+        span = self.covering(first, first + len(phrase.strip()))
+        if not phrase.strip() or not _same_words(self.decode(*span), phrase):
+            raise _cut_token(phrase, self.decode(*span))
+        return span
+
+    def tokens_before(self, character: int) -> int:
+        """How many tokens begin before this character."""
+        return sum(start < character for start, _ in self.offsets)
 
     def decode(self, start: int, end: int) -> str:
         return self.tokenizer.decode(self.ids[start:end], clean_up_tokenization_spaces=False)
 
 
-def _tokenized(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> _Text:
+def _tokenized(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, opened: bool = True) -> _Text:
     if not tokenizer.is_fast:
         raise ValueError(
             f"{type(tokenizer).__name__} does not say which characters a token stands for: load a "
             "fast tokenizer (tokenizer.json)"
         )
-    text = prompt if isinstance(prompt, str) else _render(tokenizer, prompt)
-    made = tokenizer(text, add_special_tokens=isinstance(prompt, str), return_offsets_mapping=True)
-    return _Text(text, made["input_ids"], made["offset_mapping"], tokenizer)
+    plain = isinstance(prompt, str)
+    text = prompt if plain else template_text(tokenizer, prompt, opened=opened)
+    encoded = tokenizer(text, add_special_tokens=plain, return_offsets_mapping=True)
+    return _Text(text, encoded["input_ids"], encoded["offset_mapping"], tokenizer)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-    rows = [m._asdict() for m in messages]
-    return tokenizer.apply_chat_template(rows, add_generation_prompt=True, tokenize=False)
+def _contents(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, opened: bool = True
+) -> tuple[_Text, list[tuple[int, int]]]:
+    """The dialogue's text, and the characters [start, end) of each message's content.
 
-
-def _content(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int, text: _Text
-) -> tuple[int, int]:
-    """Characters [start, end) of one message's content in the rendered prompt.
-
-    Asked of the template itself: what changes when the content is replaced by a placeholder.
+    Templates may trim a content; where one shows anything else, this raises ValueError.
     """
-    if isinstance(prompt, str) or not -len(prompt) <= index < len(prompt):
-        raise ValueError(
-            f"message {index}: expected a list of messages, and one of "
-            f"{0 if isinstance(prompt, str) else len(prompt)}"
-        )
-    placeholder, messages = "\ue000content\ue001", list(prompt)
-    content = messages[index].content
-    messages[index] = messages[index]._replace(content=placeholder)
-    before, found, after = _render(tokenizer, messages).partition(placeholder)
-    end = len(text.text) - len(after)
-    shown = text.text[len(before) : end]
-    if not (found and text.text == before + shown + after and _same(shown, content)):
-        raise ValueError(
-            f"message {index}: the chat template does not show {_short(content)!r} once and as it "
-            "is; look for a phrase instead"
-        )
-    return len(before), end
+    text = _tokenized(tokenizer, messages, opened=opened)
+    pieces = template_pieces(tokenizer, messages, opened=opened)
+    places, end = [], 0
+    for n, (before, message, after) in enumerate(zip(pieces, messages, pieces[1:], strict=False)):
+        start, content = end + len(before), message.content
+        trimmed = (content, content.strip(), content.lstrip(), content.rstrip())
+        shown = [x for x in trimmed if text.text.startswith(before + x + after, end)]
+        if not shown:
+            raise ValueError(
+                f"message {n}: the chat template does not show {_short(content)!r} as it is; look "
+                "for a phrase instead"
+            )
+        end = start + len(shown[0])
+        places.append((start, end))
+    return text, places
 
 
-def _checked(text: _Text, start: int, end: int) -> tuple[int, int]:
-    """The tokens of these characters, if they hold nothing else."""
-    wanted = text.text[start:end]
-    start, end = (
-        start + len(wanted) - len(wanted.lstrip()),
-        end - len(wanted) + len(wanted.rstrip()),
-    )
-    span = text.covering(start, end)
-    if not wanted.strip() or not _same(text.decode(*span), wanted):
-        raise ValueError(
-            f"{wanted!r} does not end where tokens end: its tokens read {text.decode(*span)!r}; "
-            "take those words"
-        )
-    return span
+def _message(
+    tokenizer: PreTrainedTokenizerBase, dialogue: Prompt, index: int
+) -> tuple[_Text, tuple[int, int]]:
+    """The dialogue's text, and the characters of the content of message `index`."""
+    number = 0 if isinstance(dialogue, str) else len(dialogue)
+    if not -number <= index < number:
+        raise ValueError(f"message {index}: expected a list of messages, and one of {number}")
+    text, contents = _contents(tokenizer, as_messages(dialogue))
+    return text, contents[index]
 
 
-def _strip(text: str) -> tuple[str, list[tuple[int, int]]]:
+def _without_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
     """The text without marks, and the characters that were marked."""
-    plain, ranges, end = "", [], 0
+    plain, marked, end = "", [], 0
     for match in _MARKS.finditer(text):
         plain += text[end : match.start()]
         inner = match[1] or match[2]
-        ranges.append((len(plain), len(plain) + len(inner)))
+        marked.append((len(plain), len(plain) + len(inner)))
         plain, end = plain + inner, match.end()
     plain += text[end:]
-    if loose := _LOOSE.search(plain):
+    if single := _SINGLE_MARK.search(plain):
         raise ValueError(
-            f"{loose[0]!r} without a partner, nested or empty in {_short(text)!r}: marks are "
+            f"{single[0]!r} without a partner, nested or empty in {_short(text)!r}: marks are "
             "**...** and <em>...</em>"
         )
-    return plain, ranges
+    return plain, marked
 
 
-def _same(a: str, b: str) -> bool:
+def _cut_token(phrase: str, reads: str) -> ValueError:
+    return ValueError(
+        f"{phrase!r} does not end where tokens end: its tokens read {reads!r}; take those words"
+    )
+
+
+def _same_words(a: str, b: str) -> bool:
     return a.split() == b.split()
 
 

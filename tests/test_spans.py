@@ -213,7 +213,6 @@ def lossy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         (lambda t: find_span(t, TEXT, "eply in Frenc"), "its tokens read ' ?Reply in French'"),
         (lambda t: find_span(t, TEXT, "tea", message=0), "expected a list of messages"),
         (lambda t: message_span(t, DIALOGUE, 4), "message 4: .* one of 4"),
-        (lambda t: message_span(lossy(embedded()), DIALOGUE, 1), "message 1: the chat template"),
         (lambda t: message_span(lossy(embedded()), DIALOGUE, 0), "message 0: the chat template"),
         (lambda t: read_marks(t, TEXT), "no marks in .*<em>"),
         (lambda t: read_marks(t, "one ** two"), r"'\*\*' without a partner"),

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steerkit.chat import Message, prompt_ids
-from steerkit.spans import find_turns, reduce_by_turn, turn_of
+from steerkit.spans import find_turns, reduce_by_turn
 
 DIALOGUE = [
     Message("system", "Speak French."),
@@ -52,14 +52,6 @@ def test_each_message_stands_where_its_text_does(tokenizer: PreTrainedTokenizerB
         )
 
 
-def test_turn_of_numbers_every_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    ids, found = find_turns(tokenizer, DIALOGUE)
-    numbers = turn_of(found)
-    assert numbers.shape == (ids.shape[1],)
-    for turn in found:
-        assert set(numbers[turn.start : turn.end].tolist()) == {turn.number}
-
-
 def test_by_turn_reduces_each_reply_over_its_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     ids, found = find_turns(tokenizer, DIALOGUE)
     values = torch.rand(2, 3, ids.shape[1])
@@ -75,9 +67,9 @@ def test_a_template_that_rewrites_what_was_said_is_refused(
 ) -> None:
     forgetful = copy.deepcopy(tokenizer)
     forgetful.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}{% if loop.last %}!{% endif %}{% endfor %}"
+        "{% for m in messages %}{{ m['content'] }}{% if loop.last %}!{% endif %}{% endfor %}"
     )
-    with pytest.raises(ValueError, match="rewrites message 0"):
+    with pytest.raises(ValueError, match="rewrites the end of message 0"):
         find_turns(forgetful, DIALOGUE)
 
 
