@@ -267,23 +267,3 @@ def test_value_norms_are_norms_of_the_projected_values(llama: PreTrainedModel) -
     norms = value_norms(llama, ids)
     assert norms.shape == (2, 2, 9)
     torch.testing.assert_close(norms[0], values.norm(dim=-1).T)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda m: attention_weights(m, tokens(2, 9)), "at most"),
-        (lambda m: attention_weights(m, torch.zeros(1, 60_000, dtype=torch.long)), "at most"),
-        (lambda m: mean_weight_on_key(m, tokens(1, 1)), "two tokens"),
-        (lambda m: mean_weight_on_key(m, tokens(1, 9)[0]), "two tokens"),
-        (lambda m: sink_metric(m, tokens(1, 9)), "tokens=64"),
-        (lambda m: sink_metric(m, tokens(1, 9), eps=1.5, tokens=9), "eps=1.5"),
-        (lambda m: mean_weight_on_key(m, tokens(1, 9), k=9), "k=9"),
-    ],
-)
-def test_bad_input_is_one_clear_error(
-    llama: PreTrainedModel, call: Callable[[PreTrainedModel], object], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        call(llama)
-    assert state_of(llama) == ("sdpa", [])

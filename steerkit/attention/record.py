@@ -21,6 +21,7 @@ from steerkit.attention.hook import (
     require_every_layer,
     use_attention_function,
 )
+from steerkit.chat import check_ids
 
 # Numbers in one chunk of weights. On a CPU 4 MB stay in a core's cache (64 MB took twice the time).
 # Other devices get 16 times as many, because there a launch costs more.
@@ -62,10 +63,7 @@ def record_calls(
 
     Raises ValueError for a model, or an edit, whose attention would be left out silently.
     """
-    if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
-        raise ValueError(
-            f"ids of shape {tuple(ids.shape)}: expected (B, T) with at least two tokens"
-        )
+    check_ids(model, ids)
     layers = model.config.get_text_config().num_hidden_layers
     # Layers are counted as they come: a trace would need a forward of its own, which edits that
     # track the prompt would take for the prompt.
@@ -128,11 +126,11 @@ def attention_weights(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """
     layers, heads = layer_and_head_counts(model)
     T = ids.shape[-1]
-    numbers = layers * heads * T * T
-    if ids.ndim != 2 or ids.shape[0] != 1 or numbers > 2**28:
+    check_ids(model, ids, one_text=True)
+    if (numbers := layers * heads * T * T) > 2**28:
         raise ValueError(
-            f"ids of shape {tuple(ids.shape)} ask for {numbers:,} weights: expected (1, T) and "
-            f"at most {2**28:,}; use record_weights, sink_metric or a shorter text"
+            f"{T} tokens have {numbers:,} weights, more than {2**28:,}: use attention_map, "
+            "sink_metric or a shorter text"
         )
     weights = torch.zeros(layers, heads, T, T)
 
