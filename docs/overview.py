@@ -42,7 +42,7 @@ def draw(figures: Path) -> Path | None:
     if not all(file.exists() for file in files):
         return None
     with plt.rc_context():
-        plots.use_style()
+        plt.style.use("steerkit.viz.steerkit")
         fig, axes = plt.subplots(2, 2, figsize=(11, 7.4))
         drawn = {
             name: panels[name](ax, json.loads(file.read_text(encoding="utf-8"))["values"])

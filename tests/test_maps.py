@@ -69,10 +69,10 @@ def test_maps_and_shares_equal_brute_force_on_eager_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize("skip", [0, SKIP, 20])
-def test_layers_heads_and_skip_choose_what_is_looked_at(llama: PreTrainedModel, skip: int) -> None:
+def test_heads_and_skip_choose_what_is_looked_at(llama: PreTrainedModel, skip: int) -> None:
     ids = tokens(1, T)
     weights = eager_weights(llama, ids)[:, 0]
-    layer = attention_map(llama, ids, bins=BINS, layers=[1], skip=skip)
+    layer = attention_map(llama, ids, bins=BINS, heads=[(1, h) for h in range(4)], skip=skip)
     torch.testing.assert_close(layer, by_hand(weights[1], max, skip), atol=1e-5, rtol=1e-4)
     chosen = {"heads": [(1, 3), (0, 2), (1, 3)], "bins": BINS, "skip": skip}
     two = torch.stack([weights[0, 2], weights[1, 3]])
@@ -280,10 +280,9 @@ def test_beyond_learned_positions_there_is_nothing_to_measure() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, ids: attention_map(m, ids, layers=[2]), "layer < 2"),
+        (lambda m, ids: attention_map(m, ids, heads=[(2, 0)]), "layer < 2"),
         (lambda m, ids: attention_map(m, ids, heads=[(0, 4)]), "4 query heads"),
         (lambda m, ids: attention_map(m, ids, heads=[]), "no heads"),
-        (lambda m, ids: attention_map(m, ids, heads=[(0, 0)], layers=[0]), "give one"),
         (lambda m, ids: span_share(m, ids, [(80, 91)]), r"token 91.* 90 tokens"),
         (lambda m, ids: attention_received(m, ids, (80, 91)), r"queries \[80, 91\).*<= 90"),
         (lambda m, ids: attention_received(m, ids, (0, 5), reduce="sum"), "'sum'"),

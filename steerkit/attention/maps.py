@@ -8,6 +8,7 @@ Axes: L layers, H query heads, Q/K query/key positions, q the queries of one chu
 
 import warnings
 from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -28,15 +29,14 @@ def attention_map(
     *,
     bins: int = 64,
     reduce: str = "max",
-    layers: Iterable[int] | None = None,
     heads: Iterable[tuple[int, int]] | None = None,
     skip: int = 0,
 ) -> Tensor:
     """Attention of one text, ids (1,T), neighbouring tokens binned -> (bins, bins).
 
     Rows are query bins, columns key bins; token t is in bin t * bins // T. A cell is the "max" or
-    the "mean" over its causal pairs of tokens and over heads: those of `layers`, or `heads` as
-    (layer, index), by default all. Cells in the future are 0, and so are the first `skip` keys.
+    the "mean" over its causal pairs of tokens and over `heads` as (layer, index), by default all.
+    Cells in the future are 0. The first `skip` keys are left out.
 
     >>> import steerkit
     >>> model, tokenizer = steerkit.load("tiny")
@@ -51,7 +51,7 @@ def attention_map(
         raise ValueError(f"bins={bins}: expected 1 <= bins <= {T}, the number of tokens")
     if not 0 <= skip < T:
         raise ValueError(f"skip={skip}: expected 0 <= skip < {T}, the number of tokens")
-    chosen = _heads_by_layer(model, layers, heads)
+    chosen = _heads_by_layer(model, heads)
     bin_of = torch.arange(T) * bins // T
     cells = torch.zeros(bins, bins)
 
@@ -158,7 +158,7 @@ def attention_received(
     start, end = queries
     if not 0 <= start < end <= ids.shape[1]:
         raise ValueError(f"queries [{start}, {end}): expected 0 <= start < end <= {ids.shape[1]}")
-    chosen = _heads_by_layer(model, None, heads)
+    chosen = _heads_by_layer(model, heads)
     received = torch.zeros(ids.shape[1])
 
     def record(chunk: WeightChunk) -> None:
@@ -179,18 +179,12 @@ def attention_received(
 
 
 def _heads_by_layer(
-    model: PreTrainedModel,
-    layers: Iterable[int] | None,
-    heads: Iterable[tuple[int, int]] | None,
+    model: PreTrainedModel, heads: Iterable[tuple[int, int]] | None
 ) -> dict[int, list[int]]:
-    """{layer: its query heads} of `layers`, or of `heads`, or of the whole model."""
+    """{layer: its query heads} of `heads`, or of the whole model."""
     L, H = layer_and_head_counts(model)
-    if layers is not None and heads is not None:
-        raise ValueError("layers and heads were both given: heads name their layers, give one")
-    if heads is None:
-        heads = [(layer, h) for layer in (range(L) if layers is None else layers) for h in range(H)]
     chosen: dict[int, set[int]] = {}
-    for layer, head in heads:
+    for layer, head in product(range(L), range(H)) if heads is None else heads:
         if not (0 <= layer < L and 0 <= head < H):
             raise ValueError(
                 f"(layer, head) {(layer, head)}: expected 0 <= layer < {L} and 0 <= head < {H} "
@@ -198,7 +192,7 @@ def _heads_by_layer(
             )
         chosen.setdefault(layer, set()).add(head)
     if not chosen:
-        raise ValueError("no heads: give at least one layer or (layer, head), or None for all")
+        raise ValueError("no heads: give at least one (layer, head), or None for all")
     return {layer: sorted(indices) for layer, indices in chosen.items()}
 
 

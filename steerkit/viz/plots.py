@@ -1,4 +1,8 @@
-"""Figures: arrays and Axes in, Axes out; `show` puts one on disk and, with alt text, on screen."""
+"""Figures: arrays and Axes in, Axes out; `show` writes one and displays it with its alt text.
+
+`plt.style.use("steerkit.viz.steerkit")` sets the style. Axes: L layers, H query heads, Q/K
+query/key positions, T tokens.
+"""
 
 import base64
 import html
@@ -11,9 +15,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from cycler import cycler
 from IPython import get_ipython
 from IPython.display import HTML, display
+from matplotlib import rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -22,40 +26,20 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from steerkit.attention.maps import bin_edges
 from steerkit.files import write_bytes, write_json
 from steerkit.spans import Turn
 from steerkit.statistics import bootstrap
 
-# Okabe and Ito's palette for all kinds of colour vision, ordered so that neighbours also differ in
-# grey; line style and marker repeat what colour says.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#000000", "#56B4E9", "#D55E00", "#CC79A7")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 2)), (0, (1, 1)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_STYLE = Path(__file__).with_name("steerkit.mplstyle")
+_CYCLE = rc_params_from_file(_STYLE, use_default_template=False)["axes.prop_cycle"].by_key()
+COLOURS, MARKERS = _CYCLE["color"], _CYCLE["marker"]
 DIVERGING = LinearSegmentedColormap.from_list(
     "steerkit", ["#8C3A00", "#D55E00", "#FFFFFF", "#0072B2", "#003A5C"], N=255
 )
-DPI = 110
 
 
-def use_style() -> None:
-    """Set matplotlib's defaults for the session: readable on a projector and in grey."""
-    cycle = cycler(color=COLOURS) + cycler(linestyle=DASHES) + cycler(marker=MARKERS)
-    plt.rcParams.update(
-        {
-            "axes.prop_cycle": cycle,
-            "axes.grid": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "grid.alpha": 0.3,
-            "image.cmap": "cividis",
-            "figure.figsize": (7.0, 3.8),
-            "figure.constrained_layout.use": True,
-            "font.size": 11,
-            "legend.frameon": False,
-            "lines.markersize": 5,
-            "lines.linewidth": 1.8,
-        }
-    )
+# Figures that leave the notebook
 
 
 def show(fig: Figure, name: str, *, out: Path, caption: str, alt: str, values: dict) -> None:
@@ -71,10 +55,33 @@ def show(fig: Figure, name: str, *, out: Path, caption: str, alt: str, values: d
         raise ValueError(f"name={name!r}: expected a plain file name without folders")
     png = _image(fig, "png", metadata={"Software": None})
     write_bytes(Path(out) / f"{name}.png", png)
-    sidecar = {"figure": name, "caption": caption, "alt": alt, "values": values}
-    write_json(Path(out) / f"{name}.json", sidecar)
+    record = {"figure": name, "caption": caption, "alt": alt, "values": values}
+    write_json(Path(out) / f"{name}.json", record)
     if get_ipython() is not None:  # outside a notebook the files are the result
         display(HTML(_figure_html("png", png, caption, alt)))
+
+
+def picture(fig: Figure, *, caption: str, alt: str) -> str:
+    """The figure as HTML with the picture in it, for a widget; closes `fig`, writes nothing."""
+    # Lossless WebP has a third of a PNG's bytes, and a widget sends a picture at each move.
+    image = _image(fig, "webp", pil_kwargs={"lossless": True})
+    return _figure_html("webp", image, caption, alt)
+
+
+def _image(fig: Figure, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format=kind, dpi=110, **options)
+    plt.close(fig)
+    return buffer.getvalue()
+
+
+def _figure_html(kind: str, image: bytes, caption: str, alt: str) -> str:
+    source = f"data:image/{kind};base64," + base64.b64encode(image).decode()
+    image = f'<img alt="{html.escape(alt)}" src="{source}" style="max-width:100%">'
+    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+# Attention maps
 
 
 def heat_map(
@@ -85,39 +92,34 @@ def heat_map(
     vmax: float | None = None,
     bar: str | None = "attention weight",
 ) -> Axes:
-    """Attention weights (Q, K), queries down, keys across; `labels` names the tokens; `bar` is the
-    colour bar's title, None leaves it out. What a causal query cannot see is drawn blank."""
-    w = np.asarray(weights, dtype=float)
-    if w.ndim != 2:
-        raise ValueError(f"weights of shape {w.shape}: expected (Q, K), one head at a time")
+    """Attention weights (Q, K), queries down, keys across; `labels` names the tokens.
+
+    `bar` is the colour bar's title; None leaves it out. What a causal query cannot see is blank.
+    """
+    w = _matrix(weights, "(Q, K), one head at a time")
     q, k = w.shape
     unseen = np.triu(np.ones((q, k), dtype=bool), 1 + k - q) & (w == 0)
-    image = ax.imshow(np.ma.array(w, mask=unseen), vmin=0, vmax=vmax, interpolation="nearest")
+    _draw(ax, np.ma.array(w, mask=unseen), "query position", "key position", bar, vmin=0, vmax=vmax)
     if labels is not None:
         ax.set_xticks(range(k), labels[:k], rotation=60, ha="right")
         ax.set_yticks(range(q), labels[k - q : k])
-    return _finished(ax, image, bar)
+    return ax
 
 
 def difference_map(
-    ax: Axes,
-    difference: Any,
-    *,
-    vmax: float | None = None,
-    bar: str | None = "difference of attention weights",
+    ax: Axes, difference: Any, *, vmax: float | None = None, bar: str | None = "difference"
 ) -> Axes:
-    """After minus before, (Q, K): blue for more, orange with dots for less, white for 0.
+    """Weights after minus before, (Q, K): blue for more, orange with dots for less, white for 0.
 
     Colours run from -vmax to vmax, by default the largest change.
     """
-    d = np.asarray(difference, dtype=float)
-    if d.ndim != 2:
-        raise ValueError(f"difference of shape {d.shape}: expected (Q, K), one head at a time")
+    d = _matrix(difference, "(Q, K), one head at a time")
     vmax = vmax or float(np.abs(d).max()) or 1.0
-    image = ax.imshow(d, vmin=-vmax, vmax=vmax, cmap=DIVERGING, interpolation="nearest")
+    colours = {"vmin": -vmax, "vmax": vmax, "cmap": DIVERGING}
+    _draw(ax, d, "query position", "key position", bar, **colours)
     row, column = np.nonzero(d < -vmax / 10)
     ax.scatter(column, row, s=0.15 * (150 / len(d)) ** 2, color="black", linewidths=0)
-    return _finished(ax, image, bar)
+    return ax
 
 
 def dialogue_map(
@@ -136,60 +138,46 @@ def dialogue_map(
     `binned_text` makes them, are written down the left side; give the figure about 0.11 inches of
     height for each.
     """
-    w = np.asarray(weights, dtype=float)
-    if w.ndim != 2 or w.shape[0] != w.shape[1]:
-        raise ValueError(
-            f"map of shape {w.shape}: expected (bins, bins), as attention_map makes it"
-        )
+    w = _matrix(weights, "(bins, bins), as attention_map makes it")
     draw(ax, w, vmax=vmax, bar=bar)
     _draw_turns(ax, turns, len(w))
     ax.set(xlabel="turn of the key", ylabel="turn of the query")
     if texts is not None:
-        _text_strip(ax, texts, len(w))
-    return ax
-
-
-def _finished(ax: Axes, image: AxesImage, bar: str | None) -> Axes:
-    """What all maps share."""
-    ax.set(xlabel="key position", ylabel="query position")
-    ax.grid(False)
-    if bar is not None:
-        ax.figure.colorbar(image, ax=ax, label=bar, shrink=0.85)
+        _text_strip(ax, texts)
     return ax
 
 
 def binned_text(tokens: Sequence[str], bins: int, *, width: int = 30) -> list[str]:
     """What each bin of a map says: tokens (T,) joined, spaces tidied, cut to `width` characters."""
-    T = len(tokens)
-    edges = [-(-b * T // bins) for b in range(bins + 1)]
-    rows = [" ".join("".join(tokens[a:b]).split()) for a, b in pairwise(edges)]
-    return [row if len(row) <= width else row[: width - 1] + "…" for row in rows]
+    spans = pairwise(bin_edges(len(tokens), bins))
+    texts = [" ".join("".join(tokens[start:end]).split()) for start, end in spans]
+    return [text if len(text) <= width else text[: width - 1] + "…" for text in texts]
 
 
 def _draw_turns(ax: Axes, turns: Sequence[Turn], bins: int) -> None:
-    """Lines and tick numbers for the exchanges of a dialogue of `bins` bins."""
+    """Lines and tick numbers for the turns of a dialogue; of many turns a dozen are numbered."""
     scale = bins / turns[-1].end
-    starts = {t.number: t.start for t in reversed(turns)}
-    ends = {t.number: t.end for t in turns}
-    shown = sorted(starts)[:: -(-len(starts) // 12)]
-    for number in starts if len(starts) <= 30 else shown:
+    starts = {turn.number: turn.start for turn in reversed(turns)}
+    ends = {turn.number: turn.end for turn in turns}
+    numbered = sorted(starts)[:: -(-len(starts) // 12)]
+    for number in starts if len(starts) <= 30 else numbered:
         for line in (ax.axvline, ax.axhline):
             line(starts[number] * scale - 0.5, color="0.5", linewidth=0.5, linestyle="-", marker="")
-    middle = [(starts[n] + ends[n]) / 2 * scale - 0.5 for n in shown]
-    ax.set_xticks(middle, shown)
-    ax.set_yticks(middle, shown)
+    middles = [(starts[n] + ends[n]) / 2 * scale - 0.5 for n in numbered]
+    ax.set_xticks(middles, numbered)
+    ax.set_yticks(middles, numbered)
     ax.tick_params(length=0)
 
 
-def _text_strip(ax: Axes, texts: Sequence[str], bins: int) -> None:
-    if len(texts) != bins:
-        raise ValueError(f"{len(texts)} texts for {bins} bins: expected one each")
+def _text_strip(ax: Axes, texts: Sequence[str]) -> None:
+    beside = {"textcoords": "offset points", "ha": "right", "va": "center"}
     for row, text in enumerate(texts):
-        ax.annotate(
-            text.replace("$", r"\$"), (0, row), (-22, 0), xycoords=("axes fraction", "data"),
-            textcoords="offset points", ha="right", va="center", fontsize=5.5, family="monospace",
-        )  # fmt: skip
+        at = {"xy": (0, row), "xytext": (-22, 0), "xycoords": ("axes fraction", "data")}
+        ax.annotate(text.replace("$", r"\$"), fontsize=5.5, family="monospace", **at, **beside)
     ax.set_ylabel("")
+
+
+# Heads
 
 
 def head_grid(
@@ -197,7 +185,6 @@ def head_grid(
     values: Any,
     *,
     bar: str,
-    form: str = "{:.2f}",
     vmax: float | None = None,
     marked: Iterable[tuple[int, int]] = (),
 ) -> Axes:
@@ -206,18 +193,14 @@ def head_grid(
     With `vmax` colours run from 0 to it, so that several grids compare. `marked` heads, as (layer,
     head), are framed.
     """
-    v = np.asarray(values, dtype=float)
-    if v.ndim != 2:
-        raise ValueError(f"values of shape {v.shape}: expected (L, H)")
+    v = _matrix(values, "(L, H)")
     vmin = None if vmax is None else 0
-    image = ax.imshow(v, aspect="auto", interpolation="nearest", vmin=vmin, vmax=vmax)
-    _write(ax, image, lambda layer, h: form.format(v[layer, h]))
-    ax.set(xlabel="head", ylabel="layer", xticks=range(v.shape[1]), yticks=range(v.shape[0]))
-    ax.grid(False)
+    image = _draw(ax, v, "layer", "head", bar, aspect="auto", vmin=vmin, vmax=vmax)
+    _write(ax, image, lambda layer, head: f"{v[layer, head]:.2f}")
+    ax.set(xticks=range(v.shape[1]), yticks=range(v.shape[0]))
     for layer, head in marked:
-        place = (head - 0.5, layer - 0.5)
-        ax.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor=COLOURS[5], linewidth=2.5))
-    ax.figure.colorbar(image, ax=ax, label=bar)
+        corner = (head - 0.5, layer - 0.5)
+        ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=COLOURS[5], linewidth=2.5))
     return ax
 
 
@@ -226,77 +209,50 @@ def head_overlap(ax: Axes, sets: Mapping[str, Iterable[tuple[int, int]]], *, hea
 
     `heads` is the number of heads of the model. Colour is the shared part of the smaller set.
     """
-    names, found = list(sets), [set(map(tuple, s)) for s in sets.values()]
-    if not all(found):
-        raise ValueError(f"set {names[found.index(set())]!r} has no head: leave it out")
-    shared = np.array([[len(a & b) for b in found] for a in found])
-    chance = np.array([[len(a) * len(b) / heads for b in found] for a in found])
-    part = shared / np.array([[min(len(a), len(b)) for b in found] for a in found])
-    image = ax.imshow(part, vmin=0, vmax=1, interpolation="nearest")
+    names, groups = list(sets), [set(map(tuple, group)) for group in sets.values()]
+    if not all(groups):
+        raise ValueError(f"set {names[groups.index(set())]!r} has no head: leave it out")
+    shared = np.array([[len(a & b) for b in groups] for a in groups])
+    smaller = np.array([[min(len(a), len(b)) for b in groups] for a in groups])
 
     def text(row: int, column: int) -> str:
-        by_chance = f"\n({chance[row, column]:.1f})" if row != column else ""
-        return f"{shared[row, column]}{by_chance}"
+        chance = len(groups[row]) * len(groups[column]) / heads
+        return f"{shared[row, column]}" + (f"\n({chance:.1f})" if row != column else "")
 
-    _write(ax, image, text)
+    bar = "shared part of the smaller set"
+    _write(ax, _draw(ax, shared / smaller, "", "", bar, vmin=0, vmax=1), text)
     ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
     ax.set_yticks(range(len(names)), names)
-    ax.grid(False)
-    ax.figure.colorbar(image, ax=ax, label="shared part of the smaller set")
     return ax
+
+
+def _matrix(values: Any, expected: str) -> np.ndarray:
+    matrix = np.asarray(values, dtype=float)
+    if matrix.ndim != 2:
+        raise ValueError(f"values of shape {matrix.shape}: expected {expected}")
+    return matrix
+
+
+def _draw(
+    ax: Axes, matrix: Any, ylabel: str, xlabel: str, bar: str | None, **options: Any
+) -> AxesImage:
+    """What all matrices share: an image without a grid, and a colour bar unless `bar` is None."""
+    image = ax.imshow(matrix, interpolation="nearest", **options)
+    ax.grid(False)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    if bar is not None:
+        ax.figure.colorbar(image, ax=ax, label=bar, shrink=0.85)
+    return image
 
 
 def _write(ax: Axes, image: AxesImage, text: Callable[[int, int], str]) -> None:
     """`text(row, column)` into each cell of an image, white where the cell is dark."""
-    for (row, column), x in np.ndenumerate(image.get_array()):
-        colour = "white" if image.norm(x) < 0.5 else "black"
-        words = text(row, column)
-        ax.text(column, row, words, ha="center", va="center", color=colour, size=9)
+    for (row, column), value in np.ndenumerate(image.get_array()):
+        colour = "white" if image.norm(value) < 0.5 else "black"
+        ax.text(column, row, text(row, column), ha="center", va="center", color=colour, size=9)
 
 
-def ablation(
-    ax: Axes,
-    rows: Mapping[str, tuple[float, float, float]],
-    *,
-    xlabel: str,
-    reference: str | None = None,
-) -> Axes:
-    """One row per condition: (mean, low, high) as dot and interval, the first one at the top.
-
-    A thin line goes down from the condition `reference`, which the others are compared with.
-    """
-    for y, (mean, low, high) in enumerate(rows.values()):
-        if not low <= mean <= high:
-            raise ValueError(
-                f"{list(rows)[y]!r}: expected low <= mean <= high, got {low, mean, high}"
-            )
-        colour = COLOURS[y % len(COLOURS)]
-        ax.plot([low, high], [y, y], color=colour, linestyle="-", marker="|", markersize=8)
-        ax.plot(mean, y, color=colour, marker=MARKERS[y % len(MARKERS)], markersize=8)
-        ax.annotate(
-            f"{mean:.2f}", (mean, y), (0, 7), textcoords="offset points", ha="center", size=9
-        )
-    if reference is not None:
-        ax.axvline(rows[reference][0], color="0.6", linewidth=1, linestyle=":", marker="", zorder=0)
-    ax.set_yticks(range(len(rows)), list(rows))
-    ax.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
-    return ax
-
-
-def turn_curves(
-    ax: Axes, values: Mapping[str, Any], *, ylabel: str, first: int = 1
-) -> dict[str, tuple[Any, Any, Any]]:
-    """Means over dialogues by turn, values (dialogues, turns), with 95 % bootstrap bands.
-
-    Returns (mean, low, high) by name, (turns,) each: what was drawn.
-    """
-    triples = {name: bootstrap(torch.as_tensor(v)) for name, v in values.items()}
-    turns = np.arange(len(next(iter(triples.values()))[0])) + first
-    means = {name: mean for name, (mean, _, _) in triples.items()}
-    bands = {name: (low, high) for name, (_, low, high) in triples.items()}
-    curves(ax, turns, means, xlabel="turn of the reply", ylabel=ylabel, bands=bands)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return triples
+# Curves and points
 
 
 def curves(
@@ -313,8 +269,8 @@ def curves(
 ) -> Axes:
     """One line per entry of `ys`, each (N,) over x (N,); `bands`: (low, high) by the same names.
 
-    Units belong in the labels. With more than 40 points the markers thin out to about 12. Those
-    named in `grey` (a paper's) stand back.
+    Units belong in the labels. With more than 40 points the markers thin out to about 12. Curves
+    listed in `grey` (for example the paper's) are drawn in the background.
     """
     x = np.asarray(x)
     for name, y in ys.items():
@@ -334,6 +290,22 @@ def curves(
     return ax
 
 
+def turn_curves(
+    ax: Axes, values: Mapping[str, Any], *, ylabel: str
+) -> dict[str, tuple[Any, Any, Any]]:
+    """Means over dialogues by turn, values (dialogues, turns), with 95 % bootstrap bands.
+
+    Returns (mean, low, high) by name, (turns,) each: what was drawn.
+    """
+    triples = {name: bootstrap(torch.as_tensor(v)) for name, v in values.items()}
+    means = {name: mean for name, (mean, _, _) in triples.items()}
+    bands = {name: (low, high) for name, (_, low, high) in triples.items()}
+    turns = 1 + np.arange(len(next(iter(means.values()))))
+    curves(ax, turns, means, xlabel="turn of the reply", ylabel=ylabel, bands=bands)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return triples
+
+
 def loss_panels(
     axes: Sequence[Axes],
     streams: Mapping[str, Mapping[str, Tensor]],
@@ -346,10 +318,11 @@ def loss_panels(
     Bins reach from one of `edges` to the next, a line marks the `trained` length, and NaN (a loss
     not computed) is left out. Returns the means drawn and, as "position", the bins' middles.
     """
-    drawn: dict[str, Any] = {"position": [(a * b) ** 0.5 for a, b in pairwise(edges)]}
-    for ax, (title, rows) in zip(axes, streams.items(), strict=True):
-        drawn[title] = {k: [x[a:b].nanmean() for a, b in pairwise(edges)] for k, x in rows.items()}
-        labels = {"xlabel": "position (tokens)", "ylabel": "loss (nats per token)"}
+    bins = list(pairwise(edges))
+    drawn: dict[str, Any] = {"position": [(start * end) ** 0.5 for start, end in bins]}
+    labels = {"xlabel": "position (tokens)", "ylabel": "loss (nats per token)"}
+    for ax, (title, losses) in zip(axes, streams.items(), strict=True):
+        drawn[title] = {k: [x[a:b].nanmean() for a, b in bins] for k, x in losses.items()}
         curves(ax, drawn["position"], drawn[title], logx=True, **labels)
         ax.axvline(trained, color="0.4", linewidth=1, linestyle="-", marker="")
         ax.set_title(title)
@@ -359,49 +332,41 @@ def loss_panels(
     return drawn
 
 
+def ablation(
+    ax: Axes, rows: Mapping[str, tuple[float, ...]], *, xlabel: str, reference: str | None = None
+) -> Axes:
+    """One row per condition: (mean, low, high) as dot and interval, the first one at the top.
+
+    A thin line goes down from the condition `reference`, which the others are compared with.
+    """
+    for y, (name, (mean, low, high)) in enumerate(rows.items()):
+        if not low <= mean <= high:
+            raise ValueError(f"{name!r}: expected low <= mean <= high, got {low, mean, high}")
+        colour, marker = COLOURS[y % len(COLOURS)], MARKERS[y % len(MARKERS)]
+        ax.plot([low, high], [y, y], color=colour, linestyle="-", marker="|", markersize=8)
+        ax.plot(mean, y, color=colour, marker=marker, markersize=8)
+        above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "size": 9}
+        ax.annotate(f"{mean:.2f}", (mean, y), **above)
+    if reference is not None:
+        ax.axvline(rows[reference][0], color="0.6", linewidth=1, linestyle=":", marker="", zorder=0)
+    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
+    return ax
+
+
 def dots(
     ax: Axes, table: Mapping[str, Mapping[str, float]], *, xlabel: str, grey: Collection[str] = ()
 ) -> Axes:
     """One row per setting, the first at the top, and one marker per column {title: {setting: x}}.
 
-    Columns named in `grey` (a paper's) stand back.
+    Columns listed in `grey` (for example the paper's) are drawn in grey.
     """
-    for n, (title, row) in enumerate(table.items()):
+    for n, (title, column) in enumerate(table.items()):
         colour = "0.6" if title in grey else COLOURS[n % len(COLOURS)]
         style = {"linestyle": "", "marker": MARKERS[n % len(MARKERS)], "markersize": 8}
-        ax.plot(list(row.values()), list(row), color=colour, label=title, **style)
+        ax.plot(list(column.values()), list(column), color=colour, label=title, **style)
     ax.invert_yaxis()
     ax.set(xlabel=xlabel)
     if len(table) > 1:
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return ax
-
-
-def loss_curve(ax: Axes, log: Sequence[Mapping[str, float]], *, label: str = "training") -> Axes:
-    """The rows that `fit` returns ("step", "loss") as one curve, loss in nats per token."""
-    steps = [row["step"] for row in log]
-    losses = {label: [row["loss"] for row in log]}
-    return curves(ax, steps, losses, xlabel="training step", ylabel="loss (nats per token)")
-
-
-def picture(fig: Figure, *, caption: str, alt: str) -> str:
-    """The figure as HTML with the picture in it, for a widget; closes `fig`, writes nothing.
-
-    Lossless WebP, a third of a PNG's bytes: a widget sends one at each move.
-    """
-    image = _image(fig, "webp", pil_kwargs={"lossless": True})
-    page = _figure_html("webp", image, caption, alt)
-    return page.replace("<img ", '<img class="explored" ', 1)
-
-
-def _image(fig: Figure, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format=kind, dpi=DPI, **options)
-    plt.close(fig)
-    return buffer.getvalue()
-
-
-def _figure_html(kind: str, image: bytes, caption: str, alt: str) -> str:
-    source = f"data:image/{kind};base64," + base64.b64encode(image).decode()
-    image = f'<img alt="{html.escape(alt)}" src="{source}" style="max-width:100%">'
-    return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
