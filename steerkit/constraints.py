@@ -10,10 +10,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from steerkit.files import DATA
+from steerkit.files import read_data
 
-TABLES: dict = json.loads((DATA / "world.json").read_text(encoding="utf-8"))
-REAL: dict = json.loads((DATA / "constraints.json").read_text(encoding="utf-8"))
+TABLES: dict = read_data("world.json")
+REAL: dict = read_data("constraints.json")
 FAMILIES = ("language", "figure", "hobby", "capitals", "ending", "json", "emoji", "pronoun")
 REAL_FAMILIES = tuple(REAL["instructions"])
 EXCLUSIVE = frozenset(frozenset(pair) for pair in TABLES["exclusive"])

@@ -1,4 +1,7 @@
-"""Where the data lie, and files written in one step."""
+"""Where data and notebooks lie, and files written in one step.
+
+In a clone the folders data/ and notebooks/ stand beside the package; in a wheel they are inside it.
+"""
 
 import json
 import math
@@ -6,20 +9,26 @@ import os
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent  # the clone: the kit is installed editable
-DATA = ROOT / "data"
-NOTEBOOKS = ROOT / "notebooks"
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent  # the clone, where there is one
+INSTALLED = (PACKAGE / "data").is_dir()  # from a wheel
+DATA = (PACKAGE if INSTALLED else ROOT) / "data"
+NOTEBOOKS = (PACKAGE if INSTALLED else ROOT) / "notebooks"
 
 
 def data_file(name: str) -> Path:
-    """Path of `name` in the clone's data/ folder; FileNotFoundError if the clone is not there."""
-    path = ROOT / "data" / name
+    """Path of `name` in data/; FileNotFoundError if it is not there."""
+    path = DATA / name
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is missing: steerkit runs from a clone of its repository; install it there "
-            "with `pip install -e .` (or `make run`), not as a wheel"
+            f"{path} is missing: install steerkit again, by `pip install .` in a clone"
         )
     return path
+
+
+def read_data(name: str) -> Any:
+    """The content of a JSON file in data/."""
+    return json.loads(data_file(name).read_text(encoding="utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

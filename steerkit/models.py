@@ -1,4 +1,4 @@
-"""Load a model: the embedded ones, a hub id, or a local directory; one path for all."""
+"""Load a model: an embedded one, a local directory or a hub id, all in one way."""
 
 import json
 import os
@@ -9,10 +9,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -32,21 +30,34 @@ def load(
     checkpoint's own on CUDA, float32 on a CPU.
     Raises ValueError in one line for what cannot be loaded; never runs code from a checkpoint, and
     reads safetensors only.
+
+    >>> from steerkit import load
+    >>> model, tokenizer = load("tiny")
+    >>> model.config.num_hidden_layers, len(tokenizer)
+    (6, 4096)
     """
-    place, source = resolve_device(device), _source(name)
-    if (Path(source) / "adapter_config.json").exists():
-        return _with_adapter(name, Path(source), device=device, dtype=dtype)
-    quiet = sum(f.stat().st_size for f in Path(source).glob("*.safetensors")) in range(1, 10**8)
+    place, source, dtype = resolve_device(device), _source(name), _dtype(dtype)
     if dtype == "auto" and place.type == "cpu":
         dtype = torch.float32
-    if isinstance(dtype, str) and dtype != "auto":
-        dtype = _dtype(dtype)
+    adapter = Path(source) / "adapter_config.json"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        with _no_bar() if quiet else nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(_explain(name, source, error)) from error
+        if adapter.exists():
+            if not adapter.with_name("adapter_model.safetensors").exists():
+                raise ValueError("no adapter_model.safetensors; other formats can run code")
+            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+            model, tokenizer = load(base, device=device, dtype=dtype)
+            return _merged(model, source), tokenizer
+        with _no_bar() if Path(source).parent == DATA else nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (ImportError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:240] or repr(error)
+        raise ValueError(
+            f"{name}: the checkpoint cannot be loaded ({reason}); give a directory with "
+            f"config.json and model.safetensors, a hub id, or one of {', '.join(embedded())}"
+        ) from error
     if not getattr(model, "_supports_attention_backend", False):
         raise ValueError(
             f"{name}: {type(model).__name__} does not support transformers' AttentionInterface; "
@@ -55,51 +66,9 @@ def load(
     return model.to(place).eval(), tokenizer
 
 
-def _with_adapter(
-    name: str | os.PathLike, folder: Path, *, device: str, dtype: str | torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base that the adapter names (embedded, a directory or a hub id), merged with it."""
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ValueError(f"{name}: an adapter needs peft: `pip install -e .[gatt]`") from error
-    try:
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        model, tokenizer = load(base["base_model_name_or_path"], device=device, dtype=dtype)
-        with warnings.catch_warnings():  # of peft's about names of transformers that will change
-            warnings.simplefilter("ignore", FutureWarning)
-            merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
-    except (OSError, KeyError, RuntimeError, TypeError, json.JSONDecodeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ValueError(
-            f"{name}: the adapter cannot be put on its base model ({first}); was it trained on it?"
-        ) from error
-    return merged.eval(), tokenizer
-
-
-def config_of(name: str | os.PathLike) -> PretrainedConfig:
-    """The shape of a model that `load` would load, without its weights."""
-    source = _source(name)
-    adapter = Path(source) / "adapter_config.json"
-    if adapter.exists():
-        base = json.loads(adapter.read_text(encoding="utf-8"))
-        return config_of(base["base_model_name_or_path"])
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(_explain(name, source, error)) from error
-
-
-@contextmanager
-def _no_bar() -> Iterator[None]:
-    """No progress bar for a checkpoint that loads in a moment."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+def embedded() -> list[str]:
+    """Names of the models and adapters that come with steerkit."""
+    return sorted(path.parent.name for path in DATA.glob("*/*.safetensors"))
 
 
 def resolve_device(device: str) -> torch.device:
@@ -119,61 +88,47 @@ def resolve_device(device: str) -> torch.device:
     return place
 
 
-def embedded() -> list[str]:
-    """Names of the models that ship in data/."""
-    return sorted(p.parent.name for p in DATA.glob("*/config.json"))
-
-
-def adapters() -> list[str]:
-    """Names of the adapters that ship in data/."""
-    return sorted(p.parent.name for p in DATA.glob("*/adapter_config.json"))
-
-
 def _source(name: str | os.PathLike) -> str:
-    """A directory to read, or a hub id; empty and missing directories end here."""
-    if str(name) in [*embedded(), *adapters()]:
-        return str(DATA / str(name))
-    path = Path(name)
-    if path.is_dir():
-        _check_directory(path)
-    elif path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1:
-        raise ValueError(f"{name}: no such directory; give a checkpoint's directory or a hub id")
-    elif "/" not in str(name) and str(name).startswith("tiny"):
-        known = ", ".join([*embedded(), *adapters()])
-        raise ValueError(f"{name}: no such embedded model; there are {known}")
-    return str(name)
-
-
-def _check_directory(path: Path) -> None:
-    if not any((path / f).exists() for f in ("config.json", "adapter_config.json")):
-        raise ValueError(f"{path}: no config.json in it; is this a checkpoint's directory?")
-    if not any(path.glob("*.safetensors")):
-        pickles = sorted(
-            p.name for p in [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]
-        )
-        held = f"only pickles ({pickles[0]}), which can run code" if pickles else "no weights"
+    """A directory to read, or a hub id; what can only be a missing directory ends here."""
+    text = str(name)
+    if text in embedded():
+        return str(DATA / text)
+    local = text.startswith((".", "~", os.sep)) or text.count("/") > 1
+    if not Path(name).is_dir() and (local or text.startswith("tiny")):
         raise ValueError(
-            f"{path}: {held}; steerkit reads model.safetensors: convert the checkpoint"
+            f"{name}: no such directory, and no embedded model; give a checkpoint's directory, a "
+            f"hub id, or one of {', '.join(embedded())}"
         )
+    return text
 
 
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f'dtype="{name}": expected "auto", "float32", "bfloat16" or "float16"')
-    return dtype
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype == "auto":
+        return dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f'dtype="{dtype}": expected "auto", "float32", "bfloat16" or "float16"')
+    return found
 
 
-def _explain(name: str | os.PathLike, source: str, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(source).is_dir():
-        try:
-            AutoConfig.from_pretrained(source)
-        except (OSError, ValueError, KeyError):
-            return f"{name}: its config.json cannot be read ({first})"
-        return f"{name}: the checkpoint cannot be loaded ({first})"
-    known = ", ".join(embedded())
-    return (
-        f"{name}: not an embedded model ({known}), not a directory, and the hub gave nothing "
-        f"({first}); check the spelling, or the network"
-    )
+def _merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """The base model with the adapter in this folder merged into its weights."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():  # of peft's about names of transformers that will change
+        warnings.simplefilter("ignore", FutureWarning)
+        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
+    merged.name_or_path = merged.config.name_or_path = adapter  # another model than its base
+    return merged
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """No progress bar for a checkpoint that loads in a moment."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

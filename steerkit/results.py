@@ -1,7 +1,6 @@
 """Results on disk: paper numbers read, our claims written atomically."""
 
 import difflib
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from steerkit.files import data_file, write_json
+from steerkit.files import read_data, write_json
 
 RUNS = "STEERKIT_RUNS"  # environment variable: the folder that replaces runs/
 
@@ -26,7 +25,7 @@ def figures_dir(profile: str, notebook: str) -> Path:
 
 def paper_result(key: str) -> dict[str, Any]:
     """One published number: {"value" | "values", "unit", "paper", "where"}; KeyError if unknown."""
-    table = json.loads(data_file("paper_results.json").read_text(encoding="utf-8"))
+    table = read_data("paper_results.json")
     if key not in table:
         near = difflib.get_close_matches(key, table, n=3, cutoff=0.3)
         raise KeyError(f"paper result {key!r} is not in data/paper_results.json; near: {near}")

@@ -18,7 +18,7 @@ from steerkit.constraints import (
     parse_list,
     values,
 )
-from steerkit.gatt.dialogues import split_values
+from steerkit.tiny.gatt import split_values
 
 FRENCH = "Le ciel est bleu et la mer est calme, mais il ne faut pas oublier un parapluie."
 OBEYING = {

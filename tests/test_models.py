@@ -8,7 +8,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import steerkit
 from steerkit.files import DATA
-from steerkit.models import config_of
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +83,10 @@ def _without(checkpoint, tmp_path, *, pickle: bool):
     return tmp_path
 
 
-def test_a_checkpoint_with_pickles_only_is_refused(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=r"only pickles \(pytorch_model.bin\)"):
-        steerkit.load(_without(checkpoint, tmp_path, pickle=True))
-
-
-def test_a_checkpoint_without_weights_is_refused(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="no weights"):
-        steerkit.load(_without(checkpoint, tmp_path, pickle=False))
+@pytest.mark.parametrize("pickle", [True, False])
+def test_a_checkpoint_without_safetensors_is_refused(checkpoint, tmp_path, pickle):
+    with pytest.raises(ValueError, match=r"no file named model\.safetensors"):
+        steerkit.load(_without(checkpoint, tmp_path, pickle=pickle))
 
 
 def test_an_architecture_without_the_interface_is_refused(tmp_path, tiny):
@@ -123,7 +118,3 @@ def test_a_checkpoint_that_wants_to_run_code_is_refused(checkpoint, tmp_path):
 def test_an_unknown_dtype_is_named(checkpoint, dtype):
     with pytest.raises(ValueError, match=f'dtype="{dtype}"'):
         steerkit.load(checkpoint, dtype=dtype)
-
-
-def test_the_shape_of_an_adapter_is_its_base_s() -> None:
-    assert config_of("tiny-gatt").hidden_size == config_of("tiny").hidden_size

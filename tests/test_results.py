@@ -135,11 +135,11 @@ def test_a_paper_number_may_be_named_by_its_key(tmp_path: Path) -> None:
     assert save(tmp_path, paper="streaming.table1.window") == save(tmp_path)
 
 
-def test_data_file_names_the_remedy_without_a_clone(
+def test_missing_data_name_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "ROOT", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"paper_results\.json.*pip install -e"):
+    monkeypatch.setattr(files, "DATA", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"paper_results\.json is missing.*pip install"):
         results.paper_result("streaming.table1.window")
 
 
