@@ -1,4 +1,5 @@
-"""What all tests share: one thread, no network, small notebooks made on the spot."""
+"""What all tests share: one thread, no network, small notebooks made on the spot, and an order in
+which two workers are busy to the end."""
 
 import os
 import runpy
@@ -37,6 +38,20 @@ PARAMETERS = 'PROFILE: str = "cpu"  # smoke, cpu or gpu\nN: int = 2  # how many'
 NotebookMaker = Callable[..., Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `first(seconds)` come first, the longest before all; workers share one order.
+
+    Under `--dist loadgroup` tests of one `xdist_group` meet one worker, so what they share is made
+    once; all others go to whoever is free.
+    """
+
+    def seconds(item: pytest.Item) -> float:
+        mark = item.get_closest_marker("first")
+        return mark.args[0] if mark else 0
+
+    items.sort(key=seconds, reverse=True)
+
+
 def write_notebook(
     root: Path, name: str, cells: Sequence[str], *, parameters: str = PARAMETERS
 ) -> Path:
@@ -52,9 +67,9 @@ def write_notebook(
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """An empty kit: a folder with notebooks/."""
-    (tmp_path / "notebooks").mkdir()
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty kit, and the current folder."""
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 

@@ -1,7 +1,8 @@
-"""`steerkit run` and `doctor`, on throw-away notebooks in an empty kit."""
+"""`steerkit run` and its fellows, on throw-away notebooks below the current folder."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,18 +12,17 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
-import torch
-from conftest import NotebookMaker
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from conftest import NotebookMaker, write_notebook
+from papermill.exceptions import PapermillExecutionError
 
-from steerkit.files import ROOT
-from steerkit.lab import cli, memory, runner
+from steerkit.files import NOTEBOOKS, ROOT
+from steerkit.lab import cli, runner
+from steerkit.lab.claims import claims_table, read_claims
 
-CLAIM = """import os, pathlib
-from steerkit.results import figures_dir, save_claim
+CLAIM = """from steerkit.results import figures_dir, save_claim
 common = dict(paper=None, n=N, interval=None, seeds=[0], profile=PROFILE, model="tiny")
 out = figures_dir(PROFILE, "NAME")
-save_claim(out, "one", claim="one and one", ours={"sum": 2.0}, holds=1 + 1 == 2, **common)"""
+save_claim(out, "one", claim="one and one", ours={"sum": 2.0}, holds=N == 2, **common)"""
 
 
 def claim(name: str) -> str:
@@ -39,77 +39,138 @@ def test_run_executes_records_and_ends_with_the_table(
     root: Path, make_notebook: NotebookMaker, capsys: pytest.CaptureFixture[str]
 ) -> None:
     half = (
-        "from steerkit.lab.memory import peak\nprint(peak()['peak_gib'])\nhalf = bytearray(2**29)"
+        "from steerkit.lab.usage import peak_memory\nprint(peak_memory()['peak_gib'])\n"
+        "half = bytearray(2**29)"
     )
-    cells = ["import os\nprint(os.path.basename(os.getcwd()))", half, claim("01_good")]
-    make_notebook("01_good", cells)
-    assert cli.main(["run", "--profile", "smoke"], root=root) == 0
-    printed = capsys.readouterr().out
-    assert "one and one" in printed and "holds?" in printed and "yes" in printed
-    *_, where, before, _ = output_of(root / "runs" / "smoke" / "01_good.ipynb")
-    assert where == "notebooks\n"
-    record = json.loads((root / "figures" / "smoke" / "01_good" / "run.json").read_text())
-    assert 0 < record["cpu_seconds"] < record["seconds"] and record["parameters"] == {
-        "PROFILE": "smoke"
-    }
+    make_notebook("01_good", ["import os\nprint(os.getcwd())", half, claim("01_good")])
+    assert cli.main(["run", "--profile", "smoke", "-p", "N", "3"]) == 0
+    assert re.search(r"^NO +01 +one and one +2 +-", capsys.readouterr().out, re.MULTILINE)
+    *_, folder, before, _ = output_of(root / "runs" / "smoke" / "01_good.ipynb")
+    assert Path(folder.strip()) == root / "notebooks"
+    results = root / "runs" / "smoke" / "01_good"
+    assert sorted(path.name for path in results.iterdir()) == ["one.claim.json", "run.json"]
+    record = json.loads((results / "run.json").read_text())
+    assert 0 < record["cpu_seconds"] < record["seconds"]
+    assert record["parameters"] == {"PROFILE": "smoke", "N": 3}
     assert record["machine"].keys() == {"cores", "cpu", "memory_gib", "gpu"}
     assert record["memory"]["peak_gib"] == pytest.approx(float(before) + 0.5, abs=0.05)
     assert record["memory"].keys() == {"peak_gib", "gpu_peak_gib"}
-    assert list(root.rglob("*.tmp")) == []
 
 
-def test_a_failure_is_named_kept_and_does_not_stop_the_others(
+def test_the_table_has_one_line_a_claim_and_fits_100_columns() -> None:
+    claims = read_claims(sorted((ROOT / "figures" / "cpu").glob("*/")))
+    title, *lines = claims_table(claims).splitlines()
+    assert len(lines) == len(claims) > 30 and max(map(len, lines)) <= 100
+    assert title.split() == ["holds", "notebook", "claim", "ours", "paper"]
+    for line, row in zip(lines, claims, strict=True):
+        assert line.split()[:2] == ["yes" if row["holds"] else "NO", row["notebook"][:2]]
+        assert row["claim"][:43] in line
+
+
+def test_a_run_changes_nothing_that_git_follows_and_store_does(root: Path) -> None:
+    """A participant who lowers a number, by the command and by hand; then the author, twice."""
+    noisy = "import sys, steerkit\nprint(steerkit.__file__)\nprint('  5%|x', file=sys.stderr)"
+    widget = "from tqdm.auto import tqdm\nfor i in tqdm(range(3)): pass\nprint('end')"
+    path = write_notebook(root, "01", [claim("01"), noisy, widget, "1 + 1"])
+    (root / ".gitignore").write_text((ROOT / ".gitignore").read_text())
+
+    def git(*arguments: str) -> list[str]:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return [line.split()[-1] for line in done.stdout.splitlines()]
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "kit")
+    assert cli.main(["run", "-p", "N", "1"]) == 0
+    copy = root / "runs" / "by_hand.ipynb"
+    papermill.execute_notebook(str(path), str(copy), cwd=path.parent, progress_bar=False)
+    assert git("status", "-s", "-uall") == []
+
+    assert cli.main(["run", "--store"]) == 0
+    figures = [f"figures/cpu/01/{name}.json" for name in ("one.claim", "run")]
+    assert sorted(git("status", "-s", "-uall")) == [*figures, "notebooks/01.ipynb"]
+    first = path.read_text()
+    notebook = nbformat.reads(first, as_version=4)
+    assert output_of(path) == ["", "", "steerkit/__init__.py\n", "end\n", ""]
+    assert [cell.execution_count for cell in notebook.cells] == [1, 2, 3, 4, 5]
+    assert notebook.cells[4].outputs[0].data == {"text/plain": "2"}
+    assert all(cell.metadata in ({}, {"tags": ["parameters"]}) for cell in notebook.cells)
+    assert notebook.metadata.keys() == {"kernelspec", "language_info"}
+    assert cli.main(["run", "--store"]) == 0
+    assert path.read_text() == first
+
+
+def test_a_failure_is_named_kept_and_neither_stops_the_others_nor_loses_older_results(
     root: Path, make_notebook: NotebookMaker, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_notebook("01_bad", ["print('before')", "# why\nvalue = 1 / (N - 2)", "print('never')"])
+    make_notebook("01_bad", ["print('before')", "# why\nvalue = 1 / (N - 2)", claim("01_bad")])
     make_notebook("02_good", [claim("02_good")])
-    assert cli.main(["run"], root=root) == 1
+    assert cli.main(["run", "--only", "01", "-p", "N", "3"]) == 0
+    assert cli.main(["run"]) == 1
     printed = capsys.readouterr().out
     assert "FAILED 01_bad, cell In [3], '# why': ZeroDivisionError: division by zero" in printed
-    assert "one and one" in printed
-    kept = output_of(root / "runs" / "cpu" / "01_bad.partial.ipynb")
-    assert "before\n" in kept and "never\n" not in kept
-    assert not (root / "runs" / "cpu" / "01_bad.ipynb").exists()
-    assert (root / "runs" / "cpu" / "02_good.ipynb").exists()
+    runs = root / "runs"
+    assert output_of(runs / "partial" / "cpu" / "01_bad.ipynb")[1:] == ["before\n", "", ""]
+    old, new = (
+        json.loads((runs / "cpu" / name / "one.claim.json").read_text())["n"]
+        for name in ("01_bad", "02_good")
+    )
+    assert (old, new) == (3, 2)
 
 
-def test_a_stuck_cell_ends_at_its_timeout_and_is_named(
-    root: Path, make_notebook: NotebookMaker, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("time.sleep(60)", "CellTimeoutError: A cell timed out"),
+        ("os._exit(1)", "DeadKernelError: Kernel died"),
+    ],
+)
+def test_a_kernel_that_hangs_or_dies_is_named(
+    root: Path,
+    make_notebook: NotebookMaker,
+    capsys: pytest.CaptureFixture[str],
+    source: str,
+    message: str,
 ) -> None:
-    make_notebook("01_stuck", ["import time", "time.sleep(60)"])
+    make_notebook("01", ["import os, time", source])
     start = time.perf_counter()
-    assert cli.main(["run", "--timeout", "2"], root=root) == 1
+    assert cli.main(["run", "--timeout", "2"]) == 1
     assert time.perf_counter() - start < 40
-    assert "cell In [3], 'time.sleep(60)': CellTimeoutError" in capsys.readouterr().out
+    assert f"FAILED 01, {message}" in capsys.readouterr().out
 
 
-def test_a_notebook_that_runs_out_of_memory_says_what_to_lower(
-    root: Path, make_notebook: NotebookMaker, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_notebook("01_big", ["import torch", "raise torch.OutOfMemoryError('CUDA: 2 GiB')"])
-    assert cli.main(["run"], root=root) == 1
-    assert "OutOfMemoryError: CUDA: 2 GiB; take a smaller --model" in capsys.readouterr().out
+def test_a_notebook_that_runs_out_of_memory_says_what_to_lower() -> None:
+    output = {"ename": "OutOfMemoryError", "evalue": "CUDA: 2 GiB", "traceback": []}
+    failure = PapermillExecutionError(3, 4, "\nmodel(ids)\n", **output)
+    message = "cell In [4], 'model(ids)': OutOfMemoryError: CUDA: 2 GiB; take a smaller --model"
+    assert runner._explain(failure).startswith(message)
 
 
-def test_a_dead_kernel_is_named(
-    root: Path, make_notebook: NotebookMaker, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_notebook("01_dead", ["import os", "os._exit(1)"])
-    assert cli.main(["run"], root=root) == 1
-    assert "'os._exit(1)': DeadKernelError" in capsys.readouterr().out
+def test_a_killed_run_keeps_what_was_done(root: Path) -> None:
+    wait = "import pathlib, time\npathlib.Path('started').touch()\nif N == 2: time.sleep(60)"
+    write_notebook(root, "01_done", [claim("01_done")])
+    write_notebook(root, "02_cut", [claim("02_cut"), wait])
+    process = subprocess.Popen([sys.executable, "-m", "steerkit", "run"], start_new_session=True)
+    while not (root / "notebooks" / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    runs = root / "runs" / "cpu"
+    assert sorted(path.name for path in runs.iterdir()) == ["01_done", "01_done.ipynb"]
+    assert json.loads((runs / "01_done" / "one.claim.json").read_text())["holds"]
+    nbformat.validate(nbformat.read(runs / "01_done.ipynb", as_version=4))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "07"], "no notebook starts with '07'; there are 01_good"),
+        (["--only", "07"], "starts with '07'; there are 01_good"),
         (["-p", "TEXT", "x"], "01_good has no parameter TEXT; it has PROFILE, N"),
         (["-p", "N", "many"], "-p N many: expected int, like 2"),
         (["-p", "N", "2.5"], "-p N 2.5: expected int, like 2"),
-        (["--model", "tiny"], "none of the chosen notebooks has a parameter MODEL"),
-        (["--timeout", "0"], "--timeout 0: expected at least 1 second"),
-        (["--save", "-p", "N", "3"], "--save stores the default run"),
-        (["--save", "--profile", "smoke"], "--save stores the default run"),
+        (["--store", "-p", "N", "3"], "--store commits a profile's default run"),
     ],
 )
 def test_wrong_requests_are_refused_before_anything_runs(
@@ -120,168 +181,62 @@ def test_wrong_requests_are_refused_before_anything_runs(
     message: str,
 ) -> None:
     make_notebook("01_good", [claim("01_good")])
-    assert cli.main(["run", *arguments], root=root) == 2
+    assert cli.main(["run", *arguments]) == 2
     assert message in capsys.readouterr().err
-    assert not (root / "runs").exists() and not (root / "figures").exists()
+    assert not (root / "runs").exists()
 
 
-def test_unknown_profiles_and_commands_are_refused(root: Path) -> None:
+def test_unknown_profiles_and_commands_are_refused() -> None:
     for arguments in (["run", "--profile", "huge"], ["fly"], []):
         with pytest.raises(SystemExit, match="2"):
-            cli.main(arguments, root=root)
-
-
-def test_a_folder_without_notebooks_is_named(
-    root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["run"], root=root) == 2
-    assert f"no notebooks in {root / 'notebooks'}" in capsys.readouterr().err
+            cli.main(arguments)
 
 
 def test_a_notebook_without_parameters_cell_is_named(root: Path) -> None:
-    path = root / "notebooks" / "01.ipynb"
+    path = root / "01.ipynb"
     kernel = {"name": "python3", "language": "python", "display_name": "Python 3"}
     nbformat.write(nbformat.v4.new_notebook(metadata={"kernelspec": kernel}), path)
-    with pytest.raises(ValueError, match=r"no parameter PROFILE; it has none: is a cell tagged"):
+    with pytest.raises(ValueError, match="no parameter PROFILE; it has none: tag a cell"):
         runner.overrides(path, profile="cpu")
 
 
 def test_parameters_keep_their_type_and_defaults_are_not_injected(
-    tmp_path: Path, make_notebook: NotebookMaker
+    root: Path, make_notebook: NotebookMaker
 ) -> None:
     parameters = (
         'PROFILE: str = "cpu"  # which\nMODEL: str = "tiny"  # what\nTEXT: str = ""  # a file\n'
         "RATE: float = 0.5  # how fast\nFAST: bool = False  # or not"
     )
     path = make_notebook("01", [], parameters=parameters)
-    text = tmp_path / "book.txt"
+    text = root / "book.txt"
     text.touch()
-    relative = os.path.relpath(text)
-    extra = {"TEXT": relative, "RATE": "2", "FAST": "true"}
+    extra = [("TEXT", "book.txt"), ("RATE", "2"), ("FAST", "true")]
     values = runner.overrides(path, profile="cpu", model="org/name", extra=extra)
     assert values == {"MODEL": "org/name", "TEXT": str(text), "RATE": 2.0, "FAST": True}
-    assert runner.overrides(path, profile="cpu", model="tiny", extra={"RATE": "0.5"}) == {}
+    assert runner.overrides(path, profile="cpu", model="tiny", extra=[("RATE", "0.5")]) == {}
 
 
-def test_injected_values_reach_the_notebook(root: Path, make_notebook: NotebookMaker) -> None:
-    make_notebook("01", ["print(PROFILE, N + 1)"])
-    assert cli.main(["run", "--profile", "smoke", "-p", "N", "41"], root=root) == 0
-    assert "smoke 42\n" in output_of(root / "runs" / "smoke" / "01.ipynb")
-
-
-def test_figures_and_out_can_lie_elsewhere(
-    root: Path, tmp_path: Path, make_notebook: NotebookMaker
-) -> None:
-    make_notebook("01", [claim("01")])
-    out, figures = tmp_path / "{out}", tmp_path / "elsewhere"
-    assert cli.main(["run", "--out", str(out), "--figures", str(figures)], root=root) == 0
-    assert (out / "01.ipynb").exists()
-    assert (figures / "cpu" / "01" / "one.claim.json").exists()
-    assert not (root / "runs").exists() and not (root / "figures").exists()
-
-
-def test_a_second_run_into_the_same_folder_is_refused(
-    root: Path, make_notebook: NotebookMaker, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_notebook("01", [])
-    with runner.exclusive(root / "figures" / "cpu"):
-        assert cli.main(["run"], root=root) == 2
-    assert "another steerkit run is writing into" in capsys.readouterr().err
-    assert cli.main(["run"], root=root) == 0
-
-
-def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
-    hold = (
-        "import sys, time; from pathlib import Path; from steerkit.lab.runner import exclusive\n"
-        "with exclusive(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
-    )
-    command = [sys.executable, "-c", hold, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(RuntimeError, match="another steerkit run"), runner.exclusive(tmp_path):
-            pass
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-    with runner.exclusive(tmp_path):
-        pass
-
-
-def test_save_stores_outputs_without_what_changes_at_each_run(
+def test_store_refuses_a_notebook_that_was_edited_meanwhile(
     root: Path, make_notebook: NotebookMaker
 ) -> None:
-    noisy = "import sys, steerkit\nprint(steerkit.__file__)\nprint('  5%|x', file=sys.stderr)"
-    widget = "from tqdm.auto import tqdm\nfor i in tqdm(range(3)): pass\nprint('end')"
-    path = make_notebook("01", [noisy, widget, "1 + 1"])
-    assert cli.main(["run", "--save"], root=root) == 0
-    first = path.read_text()
-    notebook = nbformat.reads(first, as_version=4)
-    assert [c.execution_count for c in notebook.cells] == [1, 2, 3, 4]
-    assert output_of(path) == ["", "steerkit/__init__.py\n", "end\n", ""]
-    assert notebook.cells[3].outputs[0].data == {"text/plain": "2"}
-    assert all(c.metadata in ({}, {"tags": ["parameters"]}) for c in notebook.cells)
-    assert notebook.metadata.keys() == {"kernelspec", "language_info"}
-    assert papermill.inspect_notebook(str(path))["N"]["default"] == "2"
-    assert cli.main(["run", "--save"], root=root) == 0
-    assert path.read_text() == first
-
-
-def test_save_refuses_a_notebook_that_was_edited_meanwhile(
-    tmp_path: Path, make_notebook: NotebookMaker
-) -> None:
     path = make_notebook("01", ["1"])
-    executed = path.rename(tmp_path / "executed.ipynb")
+    executed = path.rename(root / "executed.ipynb")
     make_notebook("01", ["2"])
+    outcome = runner.Outcome("01", 1.0, None, executed, root)
     with pytest.raises(ValueError, match="edited while it ran"):
-        runner.store(executed, path)
+        runner.store(outcome, path, root / "figures")
 
 
-def test_doctor_says_what_is_here_and_what_is_missing(
-    root: Path, make_notebook: NotebookMaker, capsys: pytest.CaptureFixture[str]
+def test_notebooks_are_copied_once_and_the_copies_are_the_ones_that_run(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["doctor"], root=root) == 1
-    printed = capsys.readouterr().out
-    for word in ("torch", "transformers", "cores", "memory_gib", "device", "smoke", "cpu"):
-        assert word in printed
-    assert f"missing: {root / 'notebooks'} holds no notebooks" in printed
-    make_notebook("01", [])
-    cli.main(["doctor"], root=root)
-    assert "holds no notebooks" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("free", "fitting"), [(None, 0), (10, 2), (60, 4)])
-def test_doctor_says_which_models_fit_into_the_gpus_free_memory(
-    root: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    free: int | None,
-    fitting: int,
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: free is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, 80 * 2**30))
-    cli.main(["doctor", "--model", "tiny"], root=root)
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "computed, not measured" in printed and "Qwen2.5-7B" in printed and "tiny" in printed
-    assert printed.count("(fits)") == fitting
-    assert printed.count("(does not fit)") == (0 if free is None else 4 - fitting)
-    assert (f"{free} of 80 GiB free" if free else "torch sees no CUDA device") in printed
-
-
-def test_computed_weights_and_cache_are_what_a_model_holds(
-    tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase],
-) -> None:
-    model, ids = tiny[0], torch.arange(60).view(3, 20)
-    held = model(ids, use_cache=True).past_key_values
-    want = memory.need(model.config, rows=3, tokens=20, size=4)
-    cache = sum(x.nbytes for layer in held.layers for x in (layer.keys, layer.values))
-    assert want.cache == cache / 2**30
-    assert want.weights == sum(p.nbytes for p in model.parameters()) / 2**30
-    assert memory.need(memory.qwen("0.5B")).billions == 0.494032768  # as the checkpoint has them
-
-
-def test_python_m_steerkit_is_the_command() -> None:
-    command = [sys.executable, "-m", "steerkit", "run", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    for option in ("--profile", "--only", "--model", "--out", "--figures", "--timeout", "--save"):
-        assert option in done.stdout
+    assert runner.find_notebooks(["00"])[0].parent == NOTEBOOKS
+    assert cli.main(["notebooks", "course"]) == 0
+    copies = sorted((root / "course").iterdir())
+    assert [path.read_bytes() for path in copies] == [
+        path.read_bytes() for path in sorted(NOTEBOOKS.glob("*.ipynb"))
+    ]
+    assert cli.main(["notebooks", "course"]) == 2
+    assert "00_start_here.ipynb exists: move it away" in capsys.readouterr().err
+    monkeypatch.chdir(root / "course")
+    assert runner.find_notebooks() == copies

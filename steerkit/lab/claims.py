@@ -5,11 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.markup import escape
-from rich.table import Table
-
-WIDTH = 100  # columns of a terminal, and of a page
+WIDTHS = {"holds": 5, "notebook": 8, "claim": 44, "ours": 21, "paper": 18}  # 100 with the gaps
 
 
 def read_claims(folders: Iterable[Path]) -> list[dict[str, Any]]:
@@ -22,18 +18,23 @@ def read_claims(folders: Iterable[Path]) -> list[dict[str, Any]]:
     ]
 
 
-def claims_table(claims: Iterable[dict[str, Any]]) -> Table:
-    """One line for each claim: holds?, notebook, claim, ours, paper; what is too long is cut."""
-    table = Table(box=SIMPLE_HEAD, width=WIDTH, padding=(0, 1, 0, 0))
-    widths = {"holds": 5, "notebook": 8, "claim": None, "ours": 22, "paper": 18}
-    for column, width in widths.items():
-        table.add_column(column, width=width, no_wrap=True, overflow="ellipsis")
+def claims_table(claims: Iterable[dict[str, Any]]) -> str:
+    """One line for each claim, at most 100 columns: what is too long is cut."""
+    lines = [_line(WIDTHS)]
     for claim in claims:
+        holds = "yes" if claim["holds"] else "NO"
         paper = claim["paper"] or {}
-        number = claim["notebook"].partition("_")[0]
         numbers = _short(claim["ours"]), _short(paper.get("values", paper.get("value", "-")))
-        table.add_row("yes" if claim["holds"] else "NO", number, escape(claim["claim"]), *numbers)
-    return table
+        lines.append(_line([holds, claim["notebook"].partition("_")[0], claim["claim"], *numbers]))
+    return "\n".join(lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    cut = [
+        text if len(text) <= width else text[: width - 1] + "…"
+        for text, width in zip(cells, WIDTHS.values(), strict=True)
+    ]
+    return " ".join(map(str.ljust, cut, WIDTHS.values())).rstrip()
 
 
 def _short(value: Any) -> str:

@@ -117,7 +117,8 @@ def execute(
     `timeout` is in seconds per cell. run.json holds time, peak memory, machine and versions.
     """
     partial, done = out / "partial" / profile, out / profile
-    results, usage = partial / path.stem, partial / "usage.json"
+    results = partial / path.stem
+    usage = results / "usage.json"
     shutil.rmtree(results, ignore_errors=True)
     results.mkdir(parents=True)
     environment = {
@@ -148,6 +149,7 @@ def execute(
     record |= {"machine": machine(), "versions": versions(), "seconds": seconds}
     if usage.exists():  # else the kernel died while it ended
         record |= json.loads(usage.read_text(encoding="utf-8"))
+        usage.unlink()
     write_json(results / "run.json", record)
     move_folder(results, done / path.stem)
     executed = (partial / path.name).replace(done / path.name)
