@@ -5,7 +5,7 @@ content is stripped, and equal inputs are equal bytes.
 """
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,13 @@ def attention_page(
     body = "".join(_message(part, texts, v, top) for part in parts)
     head = f"<p><b>{html.escape(title)}</b> {_legend(top)}</p>"
     return f'<div style="background:#fff;color:#000;line-height:1.6">{head}{body}</div>'
+
+
+def mask_page(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Sequence[int]]) -> str:
+    """HTML of one tokenised training row: tokens that carry loss (label not -100) are dark."""
+    carries_loss = [float(label != -100) for label in row["labels"]]
+    texts = token_texts(tokenizer, row["input_ids"])
+    return attention_page(texts, carries_loss, title="which tokens carry loss: 0 no, 1 yes", top=1)
 
 
 def _message(part: Turn, texts: Sequence[str], values: Sequence[float], top: float) -> str:
