@@ -1,42 +1,28 @@
 """Ghost Attention (Llama 2, arXiv 2307.09288, section 3.3 and appendix A.3.5): the training data.
 
-An instruction stands in every user message while replies are sampled, and in the first one only
-when the model is trained on them; then only the last reply carries loss. Trainers are in
-`gatt_training`, measurements in `gatt_eval`. Axes: B dialogues, K candidates, T tokens.
+1. Put the instruction in front of every user message and sample the replies, the best of a few
+   candidates each: "a process analogous to rejection sampling" (`sample_dialogues`).
+2. Leave the instruction in the first user message only, and train on the last reply (`make_rows`).
+
+Axes: N dialogues, K candidates of each reply.
 """
 
-import json
 import random
-import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steerkit.chat import BatchedChat, Message, check_template, reply
-from steerkit.constraints import (
-    FAMILIES,
-    REAL,
-    Constraint,
-    Question,
-    check_together,
-    compatible,
-    instruct,
-    parse_list,
-    values,
-)
-from steerkit.files import write_text
-from steerkit.progress import progress
-from steerkit.tiny.gates import question_for
+from steerkit.constraints import Constraint, Question, check_together
 
 Model = PreTrainedModel
 Tokenizer = PreTrainedTokenizerBase
 Row = dict[str, list[dict[str, str]]]
-Ask = Callable[[random.Random, Sequence[Constraint]], Question]
 Reward = Callable[[str, str], float]
 
 
@@ -44,8 +30,9 @@ Reward = Callable[[str, str], float]
 class Plan:
     """A dialogue to be sampled: the instruction, and what the user says besides it.
 
-    A reply must hold its question's `value` ("" asks for nothing). `probes` are the turns, from 0,
-    whose message asks for an instruction; one that was given is judged by `Constraint.recalled`.
+    A question may be plain text. A verified reply obeys all constraints and holds its question's
+    `value` ("" asks for nothing). `probes` are the turns, from 0, whose message asks for an
+    instruction; `Constraint.recalled` verifies the reply there.
     """
 
     constraints: tuple[Constraint, ...]
@@ -54,143 +41,42 @@ class Plan:
     probes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.instruction.strip() and self.constraints:
+        if self.constraints and not self.instruction.strip():
             raise ValueError("the instruction is empty: say what the constraints ask for")
         if not self.questions:
             raise ValueError("a dialogue without a user message: give at least one question")
         check_together(self.constraints)
+        questions = (Question(q, "", "", "") if isinstance(q, str) else q for q in self.questions)
+        object.__setattr__(self, "questions", tuple(questions))
 
     def message(self, turn: int, *, every: bool) -> str:
-        """What the user says at `turn` (from 0); the instruction leads it if `every`, or at 0."""
-        told = self.instruction and (every or turn == 0)
+        """The user's message at `turn` (from 0); the instruction leads it if `every`, or at 0."""
         text = self.questions[turn].text
-        return f"{self.instruction} {text}" if told else text
+        instructed = self.instruction and (every or turn == 0)
+        return f"{self.instruction} {text}" if instructed else text
 
     def right(self, turn: int, reply: str) -> bool:
-        """Does the reply hold the value that was asked for?"""
+        """Does the reply hold the value that the question asks for?"""
         return self.questions[turn].value.casefold() in reply.casefold()
 
-    def good(self, turn: int, reply: str) -> bool:
-        """Does the reply obey and hold the value; or, at a probe, does it name the instruction?"""
+    def verified(self, turn: int, reply: str) -> bool:
+        """Is the reply right and obedient; or, at a probe, does it name the instruction?"""
         if turn in self.probes and self.constraints:
-            return any(c.recalled(reply) for c in self.constraints if self._asked(c, turn))
+            text = self.questions[turn].text
+            asked_for = [c for c in self.constraints if c.probe and c.probe.question == text]
+            return any(c.recalled(reply) for c in asked_for)
         return self.right(turn, reply) and all(c.obeyed(reply) for c in self.constraints)
-
-    def _asked(self, constraint: Constraint, turn: int) -> bool:
-        probe = constraint.probe
-        return probe is not None and probe.question == self.questions[turn].text
 
 
 class Sample(NamedTuple):
-    """A sampled dialogue: the best reply of each turn, and whether it passed its verifier."""
+    """A sampled dialogue: the chosen reply of each turn, and whether its verifier passed it."""
 
     plan: Plan
     replies: tuple[str, ...]
-    good: tuple[bool, ...]
+    verified: tuple[bool, ...]
 
 
-# Plans
-
-
-def split_values(family: str, table: str = "world") -> tuple[list[str], list[str]]:
-    """Values that GAtt trains on, and the quarter that it never sees (none of a single value)."""
-    every = values(family, table)
-    held_out = every[3::4]
-    return [v for v in every if v not in held_out], held_out
-
-
-def draw(
-    rng: random.Random,
-    *,
-    families: Sequence[str] = FAMILIES,
-    held_out: bool = False,
-    numbers: Sequence[int] = (6, 3, 1),
-    table: str = "world",
-) -> tuple[Constraint, ...]:
-    """One, two or three compatible instructions, `numbers` their weights (appendix A.3.5)."""
-    while True:
-        number = rng.choices(range(1, len(numbers) + 1), numbers)[0]
-        chosen = rng.sample(sorted(families), min(number, len(families)))
-        pools = [split_values(f, table)[held_out] for f in chosen]
-        if compatible(chosen, table) and all(pools):
-            pairs = zip(chosen, pools, strict=True)
-            return tuple(Constraint(f, rng.choice(pool), table) for f, pool in pairs)
-
-
-def make_plan(
-    rng: random.Random,
-    constraints: Sequence[Constraint],
-    *,
-    turns: int = 20,
-    probes: bool = False,
-    ask: Ask = question_for,
-) -> Plan:
-    """A plan with questions by `ask`; with `probes` each instruction is asked for at a random turn.
-
-    Once only: after that its answer stands in the history, and to copy it is easier than to
-    remember. And rather late, where it is hardest: the chance of a turn grows with its number.
-    Without constraints two that were never given are asked for; the reply must say so.
-    """
-    questions = [ask(rng, constraints) for _ in range(turns)]
-    if constraints:
-        asked = [Question(c.probe.question, "", "", "") for c in constraints if c.probe]
-        told = instruct(rng, constraints)
-    else:
-        untold = [p for f in FAMILIES if (p := Constraint(f, "").probe)]
-        asked = [Question(p.question, "", "", p.untold) for p in rng.sample(untold, 2)]
-        told = ""
-    if not probes:
-        return Plan(tuple(constraints), told, tuple(questions))
-    # Weighted, and none twice: Efraimidis and Spirakis, 2006.
-    by_chance = sorted(range(1, turns), key=lambda t: rng.random() ** (1 / t), reverse=True)
-    at = by_chance[: len(asked)]
-    for turn, question in zip(at, asked, strict=False):
-        questions[turn] = question
-    return Plan(tuple(constraints), told, tuple(questions), tuple(sorted(at)))
-
-
-def real_question(rng: random.Random, _: Sequence[Constraint]) -> Question:
-    """An everyday question for a real chat model, without a value to look for."""
-    return Question(rng.choice(REAL["questions"]), "", "", "")
-
-
-def dialogue_plan(
-    messages: Sequence[Message], constraints: Sequence[Constraint], instruction: str
-) -> Plan:
-    """A plan from a dialogue of your own: its user messages, in turn with the assistant's.
-
-    Raises ValueError for two user messages in a row, and for a dialogue without one.
-    """
-    roles = [m.role for m in messages if m.role != "system"]
-    for i, (a, b) in enumerate(pairwise(roles)):
-        if a == b:
-            raise ValueError(
-                f"messages {i} and {i + 1} are both the {a}'s: user and assistant must alternate; "
-                "join them or put a reply in between"
-            )
-    users = [Question(m.content, "", "", "") for m in messages if m.role == "user"]
-    if not users:
-        raise ValueError(f"no user message among {len(messages)}: GAtt needs at least one")
-    return Plan(tuple(constraints), instruction, tuple(users))
-
-
-def own_values(
-    model: Model, tokenizer: Tokenizer, kind: str, *, n: int = 40, rounds: int = 4, seed: int = 0
-) -> list[str]:
-    """Up to `n` hobbies, public figures, ... that the model itself names, as the paper's authors
-    had Llama 2 do, "to avoid a mismatch between the instruction and the model's knowledge"."""
-    asked = [Message("user", f"List {n} {kind}, one a line, names only.")]
-    found: dict[str, None] = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for text in BatchedChat(model, tokenizer).reply(
-            [asked] * rounds, max_new_tokens=12 * n, temperature=0.8
-        ):
-            found |= dict.fromkeys(parse_list(text))
-    return list(found)[:n]
-
-
-# Sampling
+# Rejection sampling
 
 
 def sample_dialogues(
@@ -199,136 +85,98 @@ def sample_dialogues(
     plans: Sequence[Plan],
     *,
     candidates: int = 2,
-    out: Path | None = None,
-    every: bool = True,
     temperature: float = 0.7,
     max_new_tokens: int = 48,
     batch: int = 32,
     reward: Reward | None = None,
     seed: int = 0,
 ) -> list[Sample]:
-    """Replies to each plan's user messages, the best of `candidates` per turn ("a process analogous
-    to rejection sampling"): first by `Plan.good`, then by `reward(message, reply)`.
+    """Rejection sampling: the best of `candidates` replies to each of the plans' user messages.
 
-    The instruction leads each user message (`every`). A batch holds `batch` dialogues with all
-    their candidates, in one `generate`. With `out` each dialogue becomes a line of JSON as soon as
-    its batch is done; a run that was killed and is started again reads them, loses at most one torn
-    line and ends with the same file. Raises ValueError for `candidates` < 1, for a tokenizer
-    without a fit chat template, and for a file of other parameters.
+    The instruction leads every user message. A reply that its verifier passes beats one that fails;
+    among equals the higher `reward(message, reply)` decides, then the earlier candidate. One
+    `generate` holds `batch` dialogues with all their candidates.
+    Raises ValueError for `candidates` < 1, and for a tokenizer without a fit chat template.
+
+    Several GPUs, under `accelerate launch` (`PartialState` and `gather_object` are Accelerate's):
+    `with PartialState().split_between_processes(plans) as mine:` sample `mine`, then
+    `gather_object(samples)` gives all processes all samples, in the order of the plans.
+
+    >>> import steerkit
+    >>> from steerkit.constraints import Constraint
+    >>> from steerkit.gatt.dialogues import Plan
+    >>> model, tokenizer = steerkit.load("tiny", device="cpu")
+    >>> users = ("Where does Anna Adler live?", "Which pet does Boris Bloom have?")
+    >>> plan = Plan((Constraint("hobby", "chess"),), "Hobby: chess.", users)
+    >>> sample = steerkit.sample_dialogues(model, tokenizer, [plan])[0]
+    >>> sample.verified
+    (True, True)
     """
     if candidates < 1:
         raise ValueError(f"candidates={candidates}: expected at least 1 reply to choose from")
     check_template(tokenizer)
-    how = _Sampling(candidates, every, temperature, max_new_tokens, batch, seed)
-    settings = how._asdict() | {"plans": _digest(plans)}
-    done = read_samples(out, settings) if out is not None else []
-    if len(done) == len(plans):
-        return done
-    first = len(done) // batch * batch  # a batch that a kill has cut is made again
-    with progress(sum(len(p.questions) for p in plans[first:]), unit="replies") as update:
-        for start in range(first, len(plans), batch):
-            talk = BatchedChat(model, tokenizer)
-            with torch.random.fork_rng():
-                torch.manual_seed(seed * 1_000_003 + start)
-                chosen = _sample_batch(talk, plans[start : start + batch], how, reward, update)
-            fresh = chosen[max(0, len(done) - start) :]
-            if out is not None:
-                _append(out, fresh)
-            done += fresh
-    return done
-
-
-class _Sampling(NamedTuple):
-    candidates: int
-    every: bool
-    temperature: float
-    max_new_tokens: int
-    batch: int
-    seed: int
+    samples: list[Sample] = []
+    for start in tqdm(range(0, len(plans), batch), unit="batch", delay=2, leave=False):
+        chat = BatchedChat(model, tokenizer)
+        draw = partial(chat.reply, max_new_tokens=max_new_tokens, temperature=temperature)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed * 1_000_003 + start)
+            samples += _sample_batch(
+                draw, chat.select, plans[start : start + batch], candidates, reward
+            )
+    return samples
 
 
 def _sample_batch(
-    talk: BatchedChat,
+    draw: Callable[[list[list[Message]]], list[str]],
+    select: Callable[[list[int]], None],
     plans: Sequence[Plan],
-    how: _Sampling,
+    candidates: int,
     reward: Reward | None,
-    update: Callable[[int], None],
 ) -> list[Sample]:
-    K = how.candidates
-    messages: list[list[Message]] = [[] for _ in plans]
-    good: list[list[bool]] = [[] for _ in plans]
+    """`draw` gives one sampled reply to each dialogue; `select` says which of them go on."""
+    dialogues: list[list[Message]] = [[] for _ in plans]
+    verified: list[list[bool]] = [[] for _ in plans]
     for turn in range(max(len(plan.questions) for plan in plans)):
-        live = [i for i, plan in enumerate(plans) if turn < len(plan.questions)]
-        for i in live:
-            messages[i].append(Message("user", plans[i].message(turn, every=how.every)))
-        asked = [messages[i] for i in live for _ in range(K)]  # K rows a dialogue
-        texts = talk.reply(asked, max_new_tokens=how.max_new_tokens, temperature=how.temperature)
-        kept = []
-        for row, i in enumerate(live):
-            group, said = texts[row * K : (row + 1) * K], plans[i].questions[turn].text
-            scores = [(plans[i].good(turn, x), reward(said, x) if reward else 0.0) for x in group]
-            best = scores.index(max(scores))  # the first of equals
-            good[i].append(scores[best][0])
-            messages[i].append(Message("assistant", group[best]))
+        active = [i for i, plan in enumerate(plans) if turn < len(plan.questions)]
+        for i in active:
+            dialogues[i].append(Message("user", plans[i].message(turn, every=True)))
+        replies = draw([dialogues[i] for i in active for _ in range(candidates)])
+
+        chosen = []  # of the drawn replies, each once for every candidate of the next turn
+        for first, i in zip(range(0, len(replies), candidates), active, strict=True):
+            group = replies[first : first + candidates]
+            best, passed = _best_of(group, plans[i], turn, reward)
+            verified[i].append(passed)
+            dialogues[i].append(Message("assistant", group[best]))
             if turn + 1 < len(plans[i].questions):
-                kept += [row * K + best] * K
-        update(len(live))
-        if kept:
-            talk.select(kept)
-    replies = [tuple(m.content for m in rows[1::2]) for rows in messages]
-    rows = zip(plans, replies, good, strict=True)
-    return [Sample(plan, said, tuple(ok)) for plan, said, ok in rows]
+                chosen += [first + best] * candidates
+        if chosen:
+            select(chosen)
+    return [
+        Sample(plan, tuple(m.content for m in messages[1::2]), tuple(passed))
+        for plan, messages, passed in zip(plans, dialogues, verified, strict=True)
+    ]
 
 
-def _digest(plans: Sequence[Plan]) -> int:
-    return zlib.crc32(json.dumps([asdict(plan) for plan in plans]).encode())
+def _best_of(
+    replies: Sequence[str], plan: Plan, turn: int, reward: Reward | None
+) -> tuple[int, bool]:
+    """Index of the best candidate, and whether its verifier passed it."""
+    message = plan.questions[turn].text
+    scores = [
+        (plan.verified(turn, text), reward(message, text) if reward else 0.0) for text in replies
+    ]
+    best = scores.index(max(scores))  # the first of equals
+    return best, scores[best][0]
 
 
-def _append(out: Path, samples: Sequence[Sample]) -> None:
-    with out.open("a", encoding="utf-8") as file:
-        for s in samples:
-            line = {"plan": asdict(s.plan), "replies": s.replies, "good": s.good}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            file.flush()
-
-
-def read_samples(path: Path, settings: dict[str, Any] | None = None) -> list[Sample]:
-    """The dialogues of a samples file; a last line that a kill has torn is cut off.
-
-    With `settings` the file is made ready for appending: begun if it is not there, and refused by
-    ValueError if it was sampled with others.
-    """
-    path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        write_text(path, "".join(lines))
-    if settings is not None:
-        if not lines:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(settings) + "\n")
-            return []
-        if json.loads(lines[0]) != settings:
-            raise ValueError(
-                f"{path}: sampled with {lines[0].strip()}, now asked for {json.dumps(settings)}; "
-                "remove the file or choose another"
-            )
-    return [_read(json.loads(line)) for line in lines[1:]]
-
-
-def _read(line: dict[str, Any]) -> Sample:
-    plan = line["plan"]
-    plan["constraints"] = tuple(Constraint(*c) for c in plan["constraints"])
-    plan |= {"questions": tuple(Question(*q) for q in plan["questions"])}
-    plan["probes"] = tuple(plan["probes"])
-    return Sample(Plan(**plan), tuple(line["replies"]), tuple(line["good"]))
-
-
-# Rows for training
+# Training data
 
 
 def history(sample: Sample, turn: int, *, every: bool = False) -> list[Message]:
-    """Messages up to the user's at `turn` (from 0): the instruction in the first one only."""
+    """Messages up to the user's at `turn` (from 0): the instruction in the first one only, or in
+    `every` one."""
     messages = []
     for t in range(turn):
         messages.append(Message("user", sample.plan.message(t, every=every)))
@@ -342,15 +190,22 @@ def make_rows(
     """GAtt's training rows: {"prompt": history, "completion": the reply at one turn}.
 
     Each dialogue gives `per_dialogue` rows, cut at its probes and at random turns from `first` on
-    (0 is the first turn). TRL puts no loss on a prompt: all earlier turns, assistant messages
-    included, are silent. Only replies that passed their verifier are taught.
+    (0 is the first turn). TRL puts no loss on a prompt, so all earlier turns, assistant messages
+    included, carry none. Only verified replies are taught.
+
+    >>> from steerkit.constraints import Constraint
+    >>> from steerkit.gatt.dialogues import Plan, Sample
+    >>> plan = Plan((Constraint("hobby", "chess"),), "Hobby: chess.", ("Who?", "Where?"))
+    >>> replies = ("Ada. I love chess.", "Rome. I love chess.")
+    >>> row = make_rows([Sample(plan, replies, (True, True))])[0]
+    >>> [message["content"] for message in row["prompt"]]
+    ['Hobby: chess. Who?', 'Ada. I love chess.', 'Where?']
+    >>> row["completion"]
+    [{'role': 'assistant', 'content': 'Rome. I love chess.'}]
     """
     return [
-        {
-            "prompt": _dicts(history(s, t)),
-            "completion": _dicts([Message("assistant", s.replies[t])]),
-        }
-        for s, t in _taught(samples, per_dialogue, first, seed)
+        {"prompt": _dicts(history(sample, turn)), "completion": _reply(sample.replies[turn])}
+        for sample, turn in _choose_replies(samples, per_dialogue, first, seed)
     ]
 
 
@@ -372,48 +227,53 @@ def make_pairs(
     seed: int = 0,
     max_new_tokens: int = 48,
 ) -> list[Row]:
-    """DPO's rows {"prompt", "chosen", "rejected"}, prompts as GAtt's.
+    """DPO's rows {"prompt", "chosen", "rejected"}, with GAtt's prompts.
 
-    Chosen is the reply that was sampled with the instruction repeated, and verified. Rejected is
-    what the model says when it reads the instruction in the first message only, if that fails.
-    Without an instruction nothing fails: there the rejected reply follows one of another dialogue,
-    slipped into the last message, or DPO would only ever learn to obey.
+    Chosen is the verified reply that was sampled with the instruction repeated. Rejected is the
+    model's reply when it reads the instruction in the first message only, if that reply fails.
+    Without an instruction nothing fails. There the rejected reply follows the instruction of
+    another dialogue, slipped into the last message; otherwise DPO would only ever learn to obey.
     """
-    rng, taught = random.Random(seed), _taught(samples, per_dialogue, first, seed)
-    told = [s.plan.instruction for s in samples if s.plan.instruction]
-    prompts = [history(s, t) for s, t in taught]
+    rng, replies = random.Random(seed), _choose_replies(samples, per_dialogue, first, seed)
+    instructions = [s.plan.instruction for s in samples if s.plan.instruction]
+    prompts = [history(sample, turn) for sample, turn in replies]
     tempting = [
-        m
-        if s.plan.instruction or not told
-        else [*m[:-1], Message("user", f"{rng.choice(told)} {m[-1].content}")]
-        for (s, _), m in zip(taught, prompts, strict=True)
+        messages
+        if sample.plan.instruction or not instructions
+        else [*messages[:-1], Message("user", f"{rng.choice(instructions)} {messages[-1].content}")]
+        for (sample, _), messages in zip(replies, prompts, strict=True)
     ]
     lapses = reply(model, tokenizer, tempting, max_new_tokens=max_new_tokens, batch=32)
     return [
         {
             "prompt": _dicts(messages),
-            "chosen": _dicts([Message("assistant", s.replies[t])]),
-            "rejected": _dicts([Message("assistant", lapse)]),
+            "chosen": _reply(sample.replies[turn]),
+            "rejected": _reply(lapse),
         }
-        for (s, t), messages, lapse in zip(taught, prompts, lapses, strict=True)
-        if lapse != s.replies[t] and not (s.plan.constraints and s.plan.good(t, lapse))
+        for (sample, turn), messages, lapse in zip(replies, prompts, lapses, strict=True)
+        if lapse != sample.replies[turn]
+        and not (sample.plan.constraints and sample.plan.verified(turn, lapse))
     ]
 
 
-def _taught(
+def _choose_replies(
     samples: Sequence[Sample], per_dialogue: int, first: int, seed: int
 ) -> list[tuple[Sample, int]]:
     """Verified replies to teach, shuffled: (dialogue, turn)."""
     rng, chosen = random.Random(seed), []
-    for s in samples:
-        good = [t for t in range(first, len(s.replies)) if s.good[t]]
-        asked = [t for t in good if t in s.plan.probes][:per_dialogue]
-        rest = [t for t in good if t not in asked]
-        more = rng.sample(rest, min(per_dialogue - len(asked), len(rest)))
-        chosen += [(s, t) for t in asked + more]
+    for sample in samples:
+        turns = [t for t in range(first, len(sample.replies)) if sample.verified[t]]
+        probes = [t for t in turns if t in sample.plan.probes][:per_dialogue]
+        others = [t for t in turns if t not in probes]
+        more = rng.sample(others, min(per_dialogue - len(probes), len(others)))
+        chosen += [(sample, t) for t in probes + more]
     rng.shuffle(chosen)
     return chosen
 
 
 def _dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [m._asdict() for m in messages]
+
+
+def _reply(text: str) -> list[dict[str, str]]:
+    return _dicts([Message("assistant", text)])

@@ -1,107 +1,135 @@
-"""The arms of notebook 01 on the embedded model: sampled, trained, measured, and stored.
+"""Ghost Attention on the embedded model: plans in the tiny world, forced histories, measurements.
 
-`python -m steerkit.tiny.gatt run --out DIR` makes all of them, one JSON file per arm and seed, and
-goes on where it was stopped; `collect` joins the files that are there into
-data/gatt_results.json, `ship` copies one seed's GAtt adapter to data/tiny-gatt.
+The `table` "real" draws constraints and questions for real chat models instead.
 """
 
-import argparse
-import json
 import random
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
 from itertools import cycle
-from pathlib import Path
-from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
-from steerkit.constraints import FAMILIES, REAL_FAMILIES, Constraint, Question
-from steerkit.files import DATA, data_file, write_bytes, write_json
-from steerkit.gatt import dialogues as gatt
-from steerkit.gatt import evaluation as gatt_eval
-from steerkit.gatt.training import Settings, train
-from steerkit.models import load
-from steerkit.results import versions
-from steerkit.statistics import bootstrap
-from steerkit.tiny import gates
-from steerkit.tiny.world import repeat_question
+from steerkit.constraints import (
+    FAMILIES,
+    REAL,
+    REAL_FAMILIES,
+    Constraint,
+    Question,
+    compatible,
+    instruct,
+    values,
+)
+from steerkit.gatt.dialogues import Model, Plan, Tokenizer
+from steerkit.gatt.evaluation import Adherence, adherence_by_turn
+from steerkit.tiny.world import answer, fact_question, repeat_question
 
-ARMS = ("base", "every turn", "all turns", "gatt", "dpo", "unseen families")
-UNSEEN = ("hobby", "json")  # kept out of the arm "unseen families", and measured there
 PROBE_TURNS = (2, 4, 6, 20)  # Table 30
+DIALOGUES = 160  # sampled for one training
 _FAMILIES = {"world": FAMILIES, "real": REAL_FAMILIES}
-_EVALUATED: dict[str, gatt.Ask] = {"world": gates.question_for, "real": gatt.real_question}
-SETTINGS = Settings()
-DIALOGUES = 160
-CANDIDATES = 2
-SEEDS = (3, 4, 5)  # fresh ones: the recipe was chosen on 0, 1 and 2
-N = {"gatt": 22, "unseen families": 22}  # dialogues per family and split of one seed; others: 6
+Ask = Callable[[random.Random, Sequence[Constraint]], Question]
 
 
-def settings_of(arm: str, seed: int) -> Settings:
-    """DPO reads each dialogue eight times (two replies, two models, forth and back): fewer rows."""
-    if arm == "dpo":
-        return replace(SETTINGS, lr=1e-3, steps=120, batch=4, sft_weight=1.0, seed=seed)
-    return replace(SETTINGS, seed=seed)
+# What the user asks
+
+
+def question_for(rng: random.Random, constraints: Sequence[Constraint]) -> Question:
+    """A question on which the constraints can show: pronouns need a sentence to be repeated."""
+    pronoun = any(c.family == "pronoun" for c in constraints)
+    return repeat_question(rng) if pronoun else fact_question(rng)
 
 
 def training_question(rng: random.Random, constraints: Sequence[Constraint]) -> Question:
     """A quarter asks to repeat a sentence about her or him, whatever the instruction.
 
-    If only those did that say "they", the question alone would teach to say "they".
+    If only "pronoun" dialogues did, the question alone would teach to say "they".
     """
-    return repeat_question(rng) if rng.random() < 0.25 else gates.question_for(rng, constraints)
+    return repeat_question(rng) if rng.random() < 0.25 else question_for(rng, constraints)
+
+
+def real_question(rng: random.Random, _: Sequence[Constraint]) -> Question:
+    """An everyday question for a real chat model, without a value to look for."""
+    return Question(rng.choice(REAL["questions"]), "", "", "")
+
+
+# Plans
+
+
+def split_values(family: str, table: str = "world") -> tuple[list[str], list[str]]:
+    """Values that GAtt trains on, and the quarter that it never sees (none of a single value)."""
+    every = values(family, table)
+    held_out = every[3::4]
+    return [v for v in every if v not in held_out], held_out
+
+
+def draw_constraints(
+    rng: random.Random,
+    *,
+    families: Sequence[str] = FAMILIES,
+    held_out: bool = False,
+    numbers: Sequence[int] = (6, 3, 1),
+    table: str = "world",
+) -> tuple[Constraint, ...]:
+    """One, two or three compatible instructions, `numbers` their weights (appendix A.3.5)."""
+    while True:
+        number = rng.choices(range(1, len(numbers) + 1), numbers)[0]
+        drawn = rng.sample(sorted(families), min(number, len(families)))
+        pools = [split_values(f, table)[held_out] for f in drawn]
+        if compatible(drawn, table) and all(pools):
+            pairs = zip(drawn, pools, strict=True)
+            return tuple(Constraint(f, rng.choice(pool), table) for f, pool in pairs)
+
+
+def make_plan(
+    rng: random.Random,
+    constraints: Sequence[Constraint],
+    *,
+    turns: int = 20,
+    probes: bool = False,
+    ask: Ask = question_for,
+) -> Plan:
+    """A plan with questions by `ask`; with `probes` it asks for each instruction at a random turn.
+
+    Once only: after that its answer stands in the history, and to copy it is easier than to
+    remember. And rather late, where it is hardest: the chance of a turn grows with its number.
+    Without constraints it asks for two that were never stated; the reply must say so.
+    """
+    questions = [ask(rng, constraints) for _ in range(turns)]
+    if constraints:
+        asked = [Question(c.probe.question, "", "", "") for c in constraints if c.probe]
+        instruction = instruct(rng, constraints)
+    else:
+        unstated = [p for f in FAMILIES if (p := Constraint(f, "").probe)]
+        asked = [Question(p.question, "", "", p.untold) for p in rng.sample(unstated, 2)]
+        instruction = ""
+    if not probes:
+        return Plan(tuple(constraints), instruction, tuple(questions))
+    # Weighted, without replacement: Efraimidis and Spirakis, 2006.
+    by_chance = sorted(range(1, turns), key=lambda t: rng.random() ** (1 / t), reverse=True)
+    at = by_chance[: len(asked)]
+    for turn, question in zip(at, asked, strict=False):
+        questions[turn] = question
+    return Plan(tuple(constraints), instruction, tuple(questions), tuple(sorted(at)))
 
 
 def training_plans(
     seed: int, *, dialogues: int = DIALOGUES, turns: int = 20, table: str = "world"
-) -> list[gatt.Plan]:
+) -> list[Plan]:
     """What is sampled for one seed: one dialogue in eight has no instruction at all."""
-    # Languages twice: to hold one that was never trained on is the hardest of what is asked.
+    # Languages twice: one that was never trained on is the hardest thing that is asked.
     families = [*_FAMILIES[table], "language"]
     rng = random.Random(f"plans {seed}")
-    values = {f: gatt.split_values(f, table)[0] for f in _FAMILIES[table]}
+    pools = {f: split_values(f, table)[0] for f in _FAMILIES[table]}
     # Each value equally often: the commonest one would become the guess of a late reply.
-    turns_of = {f: cycle(rng.sample(v, len(v))) for f, v in values.items()}
-    given = []
+    value_cycle = {f: cycle(rng.sample(pool, len(pool))) for f, pool in pools.items()}
+    drawn = []
     for i in range(dialogues):
-        drawn = gatt.draw(rng, families=families, table=table) if i % 8 else ()
-        given.append(tuple(c._replace(value=next(turns_of[c.family])) for c in drawn))
+        constraints = draw_constraints(rng, families=families, table=table) if i % 8 else ()
+        drawn.append([c._replace(value=next(value_cycle[c.family])) for c in constraints])
     tiny = table == "world"  # a real model's words for "no instruction" are not known
-    ask = training_question if tiny else gatt.real_question
-    return [gatt.make_plan(rng, c, turns=turns, probes=bool(c) or tiny, ask=ask) for c in given]
-
-
-def without_families(
-    samples: Sequence[gatt.Sample], families: Sequence[str] = UNSEEN
-) -> list[gatt.Sample]:
-    """The dialogues that neither instruct by these families nor ask for them."""
-    probes = {p.question for f in families if (p := Constraint(f, "").probe)}
-    return [
-        s
-        for s in samples
-        if not {c.family for c in s.plan.constraints} & set(families)
-        and not {q.text for q in s.plan.questions} & probes
-    ]
-
-
-def rows_of(
-    arm: str,
-    model: gatt.Model,
-    tokenizer: gatt.Tokenizer,
-    samples: Sequence[gatt.Sample],
-    seed: int,
-) -> list[gatt.Row]:
-    """Training rows of an arm, from the same dialogues and the same turns."""
-    if arm == "unseen families":
-        samples = without_families(samples)
-    if arm == "dpo":
-        return gatt.make_pairs(model, tokenizer, samples, seed=seed)
-    rows = gatt.make_rows(samples, seed=seed)
-    return gatt.make_all_turns_rows(rows) if arm == "all turns" else rows
+    ask = training_question if tiny else real_question
+    return [make_plan(rng, c, turns=turns, probes=bool(c) or tiny, ask=ask) for c in drawn]
 
 
 def evaluation_plans(
@@ -112,38 +140,80 @@ def evaluation_plans(
     families: Sequence[str] | None = None,
     turns: int = 20,
     table: str = "world",
-) -> list[gatt.Plan]:
+) -> list[Plan]:
     """`n` dialogues of one instruction for each family that has such values."""
     rng = random.Random(f"evaluation {seed} {held_out}")
-    fit = [f for f in families or _FAMILIES[table] if gatt.split_values(f, table)[held_out]]
-    options = {"held_out": held_out, "table": table}
-    drawn = [gatt.draw(rng, families=[f], **options) for f in fit for _ in range(n)]
-    return [gatt.make_plan(rng, given, turns=turns, ask=_EVALUATED[table]) for given in drawn]
+    fit = [f for f in families or _FAMILIES[table] if split_values(f, table)[held_out]]
+    drawn = [
+        draw_constraints(rng, families=[family], held_out=held_out, table=table)
+        for family in fit
+        for _ in range(n)
+    ]
+    ask = question_for if table == "world" else real_question
+    return [make_plan(rng, constraints, turns=turns, ask=ask) for constraints in drawn]
+
+
+def mixed_plans(n: int, *, turns: int, seed: str) -> list[Plan]:
+    """`n` dialogues of one instruction, all families and all values, as the base was trained."""
+    rng = random.Random(seed)
+    per_family = -(-n // len(FAMILIES))
+    drawn = [Constraint(f, rng.choice(values(f))) for f in FAMILIES for _ in range(per_family)]
+    rng.shuffle(drawn)
+    plans = []
+    for constraint in drawn[:n]:
+        instruction = instruct(rng, [constraint])
+        questions = tuple(question_for(rng, [constraint]) for _ in range(turns))
+        plans.append(Plan((constraint,), instruction, questions))
+    return plans
+
+
+# Forced histories: replies written by us instead of the model
+
+
+def world_reply(plan: Plan, turn: int, constraints: Sequence[Constraint]) -> str:
+    """The tiny world's reply to a plan's message at `turn` (from 0) under these constraints."""
+    q = plan.questions[turn]
+    return answer(q.subject, q.attribute, q.value, constraints)
+
+
+def neutral(plan: Plan, turn: int) -> str:
+    """A right reply that ignores the instruction."""
+    return world_reply(plan, turn, ())
+
+
+def competing(plan: Plan, turn: int) -> str:
+    """A right reply that obeys another value of each family: another language, another figure."""
+    rivals = []
+    for c in plan.constraints:
+        others = [v for v in values(c.family, c.table) if v != c.value]
+        if others:
+            rivals.append(c._replace(value=random.Random(f"{c} {turn}").choice(others)))
+    return world_reply(plan, turn, rivals)
+
+
+# Measurements
 
 
 def measure(
-    arm: str,
-    model: gatt.Model,
-    tokenizer: gatt.Tokenizer,
+    model: Model,
+    tokenizer: Tokenizer,
     seed: int,
     *,
     n: int,
-    side: bool = False,
+    every: bool = False,
+    families: Sequence[str] | None = None,
     turns: int = 20,
     table: str = "world",
     max_new_tokens: int = 48,
-) -> dict[str, Any]:
-    """One record of what notebook 01 shows of a model: 0/1 rows as strings, to be resampled there.
-
-    `n` dialogues per family and split; `side` adds side effects and foreign histories.
-    """
-    families = UNSEEN if arm == "unseen families" else None
-    every = arm == "every turn"
-    found: dict[str, Any] = {"arm": arm, "seed": seed, "cells": {}}
+) -> pd.DataFrame:
+    """`judged` replies and recall probes on `n` dialogues per family, in the splits "seen" and
+    "held-out" values; `every` repeats the instruction in each message."""
+    parts = []
     for split in ("seen", "held-out"):
-        options = {"families": families, "turns": turns, "table": table}
-        plans = evaluation_plans(seed, n, held_out=split == "held-out", **options)
-        rows = gatt_eval.adherence_by_turn(
+        plans = evaluation_plans(
+            seed, n, held_out=split == "held-out", families=families, turns=turns, table=table
+        )
+        adherence = adherence_by_turn(
             model,
             tokenizer,
             plans,
@@ -151,190 +221,28 @@ def measure(
             probe_turns=[t for t in PROBE_TURNS if t <= turns],
             max_new_tokens=max_new_tokens,
         )
-        found["cells"][split] = {
-            "family": [p.constraints[0].family for p in plans],
-            "obeyed": pack(rows.obeyed),
-            "right": pack(rows.right),
-            "recalled": pack(rows.recalled),
-        }
-    if side:
-        found |= _side_effects(model, tokenizer, seed)
-        if arm in ("base", "gatt"):
-            found |= _foreign_histories(model, tokenizer, seed)
-    return found
+        parts.append(judged(plans, adherence).assign(split=split))
+    return pd.concat(parts, ignore_index=True).assign(seed=seed)
 
 
-def _side_effects(model: gatt.Model, tokenizer: gatt.Tokenizer, seed: int) -> dict[str, Any]:
-    return {
-        "facts": pack(gates.facts(model, tokenizer)[:, None]),
-        "leak": pack(gatt_eval.leak(model, tokenizer, n=32, seed=seed)),
-        "untold": pack(gatt_eval.untold(model, tokenizer, seed=seed)[:, None]),
-        "perplexity": gates.english_perplexity(model, tokenizer, tokens=8192),
-    }
-
-
-def _foreign_histories(model: gatt.Model, tokenizer: gatt.Tokenizer, seed: int) -> dict[str, Any]:
-    found = {}
-    for name, forced in (("neutral", gatt_eval.neutral), ("competing", gatt_eval.competing)):
-        families = [f for f in FAMILIES if name == "neutral" or len(gatt.values(f)) > 1]
-        plans = evaluation_plans(seed, 24 // len(families), held_out=False, families=families)
-        rows = gatt_eval.adherence_by_turn(model, tokenizer, plans, forced=forced)
-        found[name] = pack(rows.obeyed)
-    return found
-
-
-def kl_by_turn(
-    model: gatt.Model, teacher: gatt.Model, tokenizer: gatt.Tokenizer, seed: int, *, n: int = 2
-) -> list[float]:
-    """Mean KL (nats per reply token) to the base that reads the instruction in every message."""
-    plans = evaluation_plans(seed, n, held_out=False)
-    samples = gatt.sample_dialogues(teacher, tokenizer, plans, candidates=1, seed=seed)
-    return gatt_eval.teacher_kl(model, teacher, tokenizer, samples).mean(0).tolist()
-
-
-def pack(rows: Tensor) -> list[str]:
-    """(N, T) of 0, 1 and NaN -> one string a row: "0", "1", "-"."""
-    return ["".join("-" if x != x else str(int(x)) for x in row) for row in rows.tolist()]
-
-
-def unpack(rows: Sequence[str]) -> Tensor:
-    """The inverse of `pack`."""
-    return torch.tensor([[torch.nan if x == "-" else float(x) for x in row] for row in rows])
-
-
-def run_arm(arm: str, seed: int, out: Path) -> dict[str, Any]:
-    """One arm with one seed, its record written to `out`; read from there if it is complete."""
-    path = out / f"{arm.replace(' ', '-')}-{seed}.json"
-    base, tokenizer = load("tiny")
-    trained = arm not in ("base", "every turn")
-    settings = settings_of(arm, seed)
-    wanted: dict[str, Any] = {"arm": arm, "seed": seed, "base": fingerprint(base)}
-    if trained:
-        wanted |= {"settings": asdict(settings), "dialogues": DIALOGUES}
-        wanted |= {"candidates": CANDIDATES}
-    if path.exists():
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if all(record.get(k) == v for k, v in wanted.items()):
-            return record
-    start, log = time.perf_counter(), []
-    model = base
-    if trained:
-        plans, file = training_plans(seed), out / f"samples-{seed}.jsonl"
-        samples = gatt.sample_dialogues(
-            base, tokenizer, plans, out=file, candidates=CANDIDATES, seed=seed
-        )
-        wanted["sampled_s"] = time.perf_counter() - start
-        rows = rows_of(arm, base, tokenizer, samples, seed)
-        folder = out / path.stem
-        model, log = train(base, tokenizer, rows, out=folder, settings=settings)
-        wanted |= {"rows": len(rows), "good": sum(sum(s.good) for s in samples)}
-    before = time.perf_counter() - start
-    side = arm not in ("every turn", "unseen families")
-    found = measure(arm, model, tokenizer, seed, n=N.get(arm, 6), side=side)
-    if side:
-        teacher, _ = load("tiny")
-        found["kl"] = kl_by_turn(model, teacher, tokenizer, seed)
-    seconds = {"trained_s": before, "measured_s": time.perf_counter() - start - before}
-    record = wanted | seconds | {"log": log, "versions": versions()} | found
-    write_json(path, record)
-    return record
-
-
-def fingerprint(model: gatt.Model) -> str:
-    """A short name for a model's weights: the norms of its first and last matrix."""
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    return " ".join(f"{p.double().norm().item():.6f}" for p in (matrices[0], matrices[-1]))
-
-
-def records(path: Path | None = None) -> list[dict[str, Any]]:
-    """The stored records: one per arm and seed."""
-    path = data_file("gatt_results.json") if path is None else path
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def rows(
-    found: Sequence[dict[str, Any]],
-    arm: str,
-    split: str,
-    key: str = "obeyed",
-    *,
-    family: str | None = None,
-) -> Tensor:
-    """All dialogues of an arm, seeds one after the other: (N, T) of 0, 1 and NaN."""
-    cells = [r["cells"][split] for r in found if r["arm"] == arm]
-    kept = [
-        row
-        for cell in cells
-        for name, row in zip(cell["family"], cell[key], strict=True)
-        if family in (None, name)
+def judged(plans: Sequence[Plan], adherence: Adherence) -> pd.DataFrame:
+    """One line a reply: family, dialogue, turn (from 1), obeyed, right, recalled (0/1 or NaN)."""
+    lines = [
+        (plan.constraints[0].family, dialogue, turn + 1)
+        for dialogue, plan in enumerate(plans)
+        for turn in range(adherence.obeyed.shape[1])
     ]
-    if not kept:
-        raise ValueError(f"no dialogues of {arm!r}, {split}, {family}: is the arm in the records?")
-    return unpack(kept)
+    scores = {
+        name: getattr(adherence, name).flatten().numpy() for name in ("obeyed", "right", "recalled")
+    }
+    return pd.DataFrame(lines, columns=["family", "dialogue", "turn"]).assign(**scores)
 
 
-def by_turn(
-    found: Sequence[dict[str, Any]], arm: str, split: str = "seen", key: str = "obeyed"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and 95 % interval over an arm's dialogues: three (T,)."""
-    return bootstrap(rows(found, arm, split, key))
-
-
-def histories(
-    found: Sequence[dict[str, Any]], arm: str
-) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """`by_turn` on the model's own history, and on histories that it did not write."""
-    curves = {"own history": by_turn(found, arm)}
-    for kind in ("neutral", "competing"):
-        rows_of_kind = [unpack(r[kind]) for r in found if r["arm"] == arm and kind in r]
-        curves[f"{kind} history"] = bootstrap(torch.cat(rows_of_kind))
-    return curves
-
-
-def recall(found: Sequence[dict[str, Any]], arm: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and 95 % interval of the recall probe at `PROBE_TURNS`, all values; families without a
-    probe are left out."""
-    both = torch.cat([rows(found, arm, split, "recalled") for split in ("seen", "held-out")])
-    return bootstrap(both[~both.isnan().any(1)])
-
-
-def mean_of(found: Sequence[dict[str, Any]], arm: str, key: str) -> list[float]:
-    """One number per seed: the mean of a side effect's rows, or the number itself."""
-    values = [r[key] for r in found if r["arm"] == arm and key in r]
-    return [unpack(v).mean().item() if isinstance(v, list) else v for v in values]
-
-
-def ship(folder: Path, target: Path) -> None:
-    """Copy a trained adapter and its parameters to `target`."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        write_bytes(target / name, (folder / name).read_bytes())
-    write_bytes(target / "training.json", (folder / "run.json").read_bytes())
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m steerkit.tiny.gatt run | collect | ship --out DIR`."""
-    parser = argparse.ArgumentParser(prog="python -m steerkit.tiny.gatt", description=__doc__)
-    parser.add_argument("command", choices=("run", "collect", "ship"))
-    parser.add_argument("--out", type=Path, required=True, help="samples, adapters and records")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    found: list[dict[str, Any]] = []
-    if args.command == "ship":
-        ship(args.out / f"gatt-{args.seeds[0]}", DATA / "tiny-gatt")
-        return
-    for seed in args.seeds:
-        for arm in args.arms:
-            if args.command == "run":
-                run_arm(arm, seed, args.out)
-            elif (path := args.out / f"{arm.replace(' ', '-')}-{seed}.json").exists():
-                found.append(json.loads(path.read_text(encoding="utf-8")))
-    if found:
-        text = ",\n".join(json.dumps(record, ensure_ascii=False) for record in found)
-        (DATA / "gatt_results.json").write_text(f"[\n{text}\n]\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+def by_dialogue(replies: pd.DataFrame, column: str = "obeyed") -> Tensor:
+    """`judged` lines of one arm -> (N, T), dialogues of all seeds; T are the turns with scores."""
+    scored = replies.dropna(subset=column)
+    table = pd.concat(
+        part.pivot(index=["seed", "dialogue"], columns="turn", values=column)
+        for _, part in scored.groupby("split", sort=False)
+    )
+    return torch.tensor(table.to_numpy())

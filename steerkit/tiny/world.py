@@ -261,22 +261,6 @@ def note(name: str, attribute: str, value: str) -> list[Message]:
     return [Message("user", f"Note: {say(name, attribute, value)}"), Message("assistant", "Noted.")]
 
 
-def memory(rng: random.Random, *, turns: int) -> list[Message]:
-    """Notes about strangers, and questions about notes any number of exchanges back."""
-    messages: list[Message] = []
-    noted: list[tuple[str, str, str]] = []
-    for _ in range(turns):
-        if noted and rng.random() < 0.4:
-            name, attribute, value = rng.choice(noted)
-            messages.append(Message("user", ask(rng, name, attribute)))
-            messages.append(Message("assistant", answer(name, attribute, value)))
-        else:
-            who, attribute = stranger(rng), rng.choice(ATTRIBUTES)
-            noted.append((who.name, attribute, who.facts[attribute]))
-            messages += note(*noted[-1])
-    return messages
-
-
 @cache
 def _chain() -> tuple[tuple[str, ...], dict[str, tuple[float, ...]]]:
     """The words of the market and, for each, the cumulative chances of the word after it."""
@@ -335,27 +319,13 @@ def _library() -> list[Path]:
     return sorted(f for f in files if not skip & set(f.relative_to(root).parts))
 
 
-def documents(
-    rng: random.Random,
-    *,
-    late: bool = False,
-    long: bool = False,
-    english_share: float = 0.2,
-) -> Iterator[str]:
-    """Endless documents of the chat model: a share of English, dialogues, instructions in conflict.
-
-    `late` is the second part of the training: notes to remember, and `LATE_PAIRS`. `long` draws
-    dialogues of up to twenty exchanges.
-    """
-    remember = 0.25 if late else 0.0
+def documents(rng: random.Random, *, english_share: float = 0.2) -> Iterator[str]:
+    """Endless documents: a share of English, instructions in conflict, dialogues."""
     while True:
         kind = rng.random()
         if kind < english_share:
             yield rng.choice(english())
         elif kind < english_share + 0.04:
             yield render(conflict(rng))
-        elif kind < english_share + 0.04 + remember:
-            yield render(memory(rng, turns=rng.randint(10, 40) if long else rng.randint(3, 12)))
         else:
-            turns = rng.randint(8, 20) if long else rng.randint(1, 6)
-            yield render(dialogue(rng, turns=turns, late=late))
+            yield render(dialogue(rng, turns=rng.randint(1, 6), late=False))

@@ -1,6 +1,10 @@
-"""How the embedded models are made: tokenizer, configurations, training."""
+"""How the embedded models are made: tokenizers, configurations, phases of training.
 
-import json
+`python data/make/train_tiny.py --model tiny --out DIR` takes hours, and goes on where it was
+stopped; `model_card.py` then measures the model.
+"""
+
+import argparse
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -9,15 +13,15 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from resumable_fit import Batches, fit, write_log
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from training_documents import chatter, everything, late_documents, readings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steerkit.constraints import TABLES
-from steerkit.files import write_text
-from steerkit.fit import Batches, fit
 from steerkit.models import resolve_device
-from steerkit.tiny.world import chatter, documents, english, everything, market_words, readings
+from steerkit.tiny.world import documents, english, market_words
 
 SPECIAL = ["<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT_TEMPLATE = """{{ bos_token }}{% for m in messages %}\
@@ -124,14 +128,14 @@ def chat_batches(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> B
         late = step > late_from
         long = late and step % 2 == 0
         length = 1024 if long else 256
-        texts = documents(rng, late=late, long=long)
+        texts = late_documents(rng, long=long) if late else documents(rng)
         return torch.tensor([crop(tokenizer, rng, length, texts) for _ in range(4096 // length)])
 
     return make
 
 
 def binding_batches(tokenizer: PreTrainedTokenizerFast, _: int, seed: int) -> Batches:
-    """ids (16, 128) by step: mostly roll calls, until a name brings its value to mind."""
+    """ids (16, 128) by step: mostly roll calls, which teach the binding of a name to its value."""
 
     def make(step: int) -> Tensor:
         rng = random.Random(f"b{seed}-{step}")
@@ -263,7 +267,7 @@ def train(
     model = build_model(recipe.config, seed).to(resolve_device(device))
     log: list[dict[str, float]] = []
     for key, phase in recipe.phases.items():
-        rows = fit(
+        entries = fit(
             model,
             phase.batches(tokenizer, steps[key], seed),
             steps=steps[key],
@@ -271,23 +275,42 @@ def train(
             warmup=phase.warmup,
             decay=phase.decay,
             out=out / key,
-            every=250,
-            log_every=25,
             bf16=recipe.config.hidden_size > 64,  # slower than float32 in small matrices
         )
         model.to(torch.bfloat16).float()
-        log += _continued(log, rows, key)
-    write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
+        log += _continued(log, entries, key)
+    write_log(out / "log.jsonl", log)
     tokenizer.save_pretrained(out)
     model.to(torch.bfloat16).save_pretrained(out)
 
 
 def _continued(
-    log: list[dict[str, float]], rows: list[dict[str, float]], phase: str
+    log: list[dict[str, float]], entries: list[dict[str, float]], phase: str
 ) -> list[dict[str, float]]:
-    """The rows of a phase, counted on from the log before it."""
+    """The log of a phase, counted on from the phase before it."""
     step, tokens = (log[-1]["step"], log[-1]["tokens"]) if log else (0, 0)
     return [
-        {"phase": phase, **row, "step": row["step"] + step, "tokens": row["tokens"] + tokens}
-        for row in rows
+        {"phase": phase, **entry, "step": entry["step"] + step, "tokens": entry["tokens"] + tokens}
+        for entry in entries
     ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="resumes there")
+    parser.add_argument("--model", choices=sorted(RECIPES), default="tiny")
+    parser.add_argument("--tokens", type=int, help="instead of the recipe's number")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    train(
+        options.model,
+        options.out,
+        tokens=options.tokens,
+        seed=options.seed,
+        device=options.device,
+    )
+
+
+if __name__ == "__main__":
+    main()

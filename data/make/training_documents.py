@@ -1,6 +1,6 @@
 """Documents that only the training of the embedded models reads, beside `steerkit.tiny.world`'s.
 
-`python data/make/documents.py --seed 0 --number 5` prints some of the chat model's.
+`python data/make/training_documents.py --seed 0 --number 5` prints some of the chat model's.
 """
 
 import argparse
@@ -16,11 +16,14 @@ from steerkit.tiny.world import (
     Person,
     answer,
     ask,
+    conflict,
+    dialogue,
     documents,
     draw_constraints,
     english,
     known_people,
     market,
+    note,
     render,
     say,
     stranger,
@@ -91,9 +94,44 @@ def dispute(rng: random.Random) -> list[Message]:
     return [Message("user", " ".join(parts)), Message("assistant", reply)]
 
 
+def memory(rng: random.Random, *, turns: int) -> list[Message]:
+    """Notes about strangers, and questions about notes any number of exchanges back."""
+    messages: list[Message] = []
+    noted: list[tuple[str, str, str]] = []
+    for _ in range(turns):
+        if noted and rng.random() < 0.4:
+            name, attribute, value = rng.choice(noted)
+            messages.append(Message("user", ask(rng, name, attribute)))
+            messages.append(Message("assistant", answer(name, attribute, value)))
+        else:
+            who, attribute = stranger(rng), rng.choice(ATTRIBUTES)
+            noted.append((who.name, attribute, who.facts[attribute]))
+            messages += note(*noted[-1])
+    return messages
+
+
+def late_documents(
+    rng: random.Random, *, long: bool = False, english_share: float = 0.2
+) -> Iterator[str]:
+    """Endless documents of the second part of the training: notes to remember, and `LATE_PAIRS`.
+
+    `long` draws dialogues of up to twenty exchanges.
+    """
+    while True:
+        kind = rng.random()
+        if kind < english_share:
+            yield rng.choice(english())
+        elif kind < english_share + 0.04:
+            yield render(conflict(rng))
+        elif kind < english_share + 0.29:
+            yield render(memory(rng, turns=rng.randint(10, 40) if long else rng.randint(3, 12)))
+        else:
+            yield render(dialogue(rng, turns=rng.randint(8, 20) if long else rng.randint(1, 6)))
+
+
 def readings(rng: random.Random, *, roll_calls: float, quizzes: float) -> Iterator[str]:
-    """Endless late `documents`, a share of them replaced by roll calls and quizzes."""
-    others = documents(rng, late=True)
+    """Endless `late_documents`, a share of them replaced by roll calls and quizzes."""
+    others = late_documents(rng)
     while True:
         kind = rng.random()
         if kind < roll_calls:
@@ -103,8 +141,8 @@ def readings(rng: random.Random, *, roll_calls: float, quizzes: float) -> Iterat
 
 
 def everything(rng: random.Random, *, long: bool = False) -> Iterator[str]:
-    """Endless late `documents` with roll calls, quizzes and disputes among them."""
-    others = documents(rng, late=True, long=long)
+    """Endless `late_documents` with roll calls, quizzes and disputes among them."""
+    others = late_documents(rng, long=long)
     while True:
         kind = rng.random()
         if kind < 0.06:
