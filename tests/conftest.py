@@ -38,6 +38,7 @@ PARAMETERS = 'PROFILE: str = "cpu"  # smoke, cpu or gpu\nN: int = 2  # how many'
 NotebookMaker = Callable[..., Path]
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `first(seconds)` come first, the longest before all; workers share one order.
 
