@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, DynamicCache
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 # The format of many chat models, without the system text that the templates of some add.
 CHATML = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}\
@@ -59,9 +61,7 @@ def as_messages(dialogue: Dialogue) -> list[Message]:
 # --- text to token ids -------------------------------------------------------------------------
 
 
-def template_text(
-    tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, *, opened: bool = True
-) -> str:
+def template_text(tokenizer: Tokenizer, dialogue: Dialogue, *, opened: bool = True) -> str:
     """The chat template's text; `opened` for the assistant's next reply."""
     if not tokenizer.chat_template:
         raise ValueError(
@@ -71,22 +71,20 @@ def template_text(
     return tokenizer.apply_chat_template(messages, add_generation_prompt=opened, tokenize=False)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a text, or of a dialogue opened for the assistant's next reply."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     return tokenizer(template_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]
 
 
-def dialogue_ids(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> list[int]:
+def dialogue_ids(tokenizer: Tokenizer, dialogue: Dialogue) -> list[int]:
     """Token ids of a dialogue as it stands, not opened for a reply."""
     text = template_text(tokenizer, dialogue, opened=False)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def template_pieces(
-    tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, *, opened: bool = True
-) -> list[str]:
+def template_pieces(tokenizer: Tokenizer, dialogue: Dialogue, *, opened: bool = True) -> list[str]:
     """What the chat template writes around the contents: n messages -> n + 1 texts.
 
     Read off the template itself, which renders the dialogue with a placeholder for each content.
@@ -107,7 +105,7 @@ def template_pieces(
     return [*pieces, rest]
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+def check_template(tokenizer: Tokenizer) -> None:
     """ValueError when the tokenizer has no chat template, or one with a system prompt of its own.
 
     Such a template would instruct the model in every measurement that claims to have no
@@ -124,9 +122,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def check_ids(
-    model: PreTrainedModel, ids: Tensor, *, tokens: int = 2, one_text: bool = False
-) -> None:
+def check_ids(model: Model, ids: Tensor, *, tokens: int = 2, one_text: bool = False) -> None:
     """ValueError unless `ids` are (B,T) token ids of the model's vocabulary.
 
     T must be `tokens` or more, and B = 1 if `one_text`.
@@ -152,7 +148,7 @@ def check_ids(
         )
 
 
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_ids(model: Model, tokenizer: Tokenizer) -> list[int]:
     """The tokens that end a reply: the tokenizer's end of sequence, and the model's."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
@@ -181,9 +177,7 @@ class Batch(NamedTuple):
         ]
 
 
-def pad_left(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[list[int]], indices: Sequence[int]
-) -> Batch:
+def pad_left(tokenizer: Tokenizer, ids: Sequence[list[int]], indices: Sequence[int]) -> Batch:
     """The prompts `indices` of `ids` as one batch."""
     chosen = [ids[i] for i in indices]
     inputs = tokenizer.pad({"input_ids": chosen}, padding_side="left", return_tensors="pt")
@@ -191,9 +185,7 @@ def pad_left(
     return Batch(list(indices), inputs, [T - len(prompt) for prompt in chosen])
 
 
-def batches(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[list[int]], size: int
-) -> Iterator[Batch]:
+def batches(tokenizer: Tokenizer, ids: Sequence[list[int]], size: int) -> Iterator[Batch]:
     """All prompts in batches of `size`, shorter ones first, so that little is padded."""
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for start in range(0, len(order), size):
@@ -202,8 +194,8 @@ def batches(
 
 @torch.no_grad()
 def reply(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     *,
     steer: Callable[[Batch], AbstractContextManager] | None = None,
@@ -252,7 +244,7 @@ class BatchedChat:
     at each turn.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: Model, tokenizer: Tokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.start(0)
 
@@ -335,26 +327,3 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
         if one != other:
             return n
     return min(len(a), len(b))
-
-
-def chat_batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    users: Sequence[Sequence[str]],
-    *,
-    max_new_tokens: int = 64,
-    batch: int = 64,
-) -> list[list[str]]:
-    """Dialogues with the model's own greedy replies: users (B, turns) -> replies (B, turns)."""
-    replies: list[list[str]] = []
-    for start in range(0, len(users), batch):
-        chat, texts = BatchedChat(model, tokenizer), users[start : start + batch]
-        dialogues: list[list[Message]] = [[] for _ in texts]
-        for questions in zip(*texts, strict=True):  # one turn of all dialogues
-            for dialogue, question in zip(dialogues, questions, strict=True):
-                dialogue.append(Message("user", question))
-            answers = chat.reply(dialogues, max_new_tokens=max_new_tokens)
-            for dialogue, answer in zip(dialogues, answers, strict=True):
-                dialogue.append(Message("assistant", answer))
-        replies += [[m.content for m in dialogue[1::2]] for dialogue in dialogues]
-    return replies

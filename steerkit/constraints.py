@@ -16,7 +16,6 @@ TABLES: dict = read_data("world.json")
 REAL: dict = read_data("constraints.json")
 FAMILIES = ("language", "figure", "hobby", "capitals", "ending", "json", "emoji", "pronoun")
 REAL_FAMILIES = tuple(REAL["instructions"])
-EXCLUSIVE = frozenset(frozenset(pair) for pair in TABLES["exclusive"])
 HELD_OUT_PAIRS = frozenset(frozenset(pair) for pair in TABLES["held_out_pairs"])
 # Pairs that training shows in its second part only: after the first one the model obeyed none of
 # them (figures' names were words it had never seen in capitals), so they cannot be held out.
@@ -126,16 +125,6 @@ def check_together(constraints: Sequence[Constraint]) -> None:
                     f'"{b.short}" and "{a.short}" contradict each other: no reply obeys both; '
                     "drop one (data/*.json, `exclusive`, lists such pairs)"
                 )
-
-
-def parse_list(text: str) -> list[str]:
-    """Items of a list as chat models write them: one a line, or by commas; numbers, bullets and
-    what follows a colon or a dash fall away; no item twice."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    parts = lines if len(lines) > 1 else text.split(",")
-    items = (re.sub(r"^\s*(?:\d+[.)]|[-*•])?\s*", "", part) for part in parts)
-    items = (re.split(r":| [-–—] ", item)[0].strip(" .*\t") for item in items)
-    return list(dict.fromkeys(item for item in items if 0 < len(item) <= 40))
 
 
 # Verifiers: (reply, value) -> obeyed. First the tiny world's.

@@ -1,8 +1,8 @@
-"""Spans of tokens: a phrase, a message, a turn, or what stands between marks.
+"""Spans of tokens: a phrase, or a turn of a dialogue.
 
 A span is a pair [start, end) of token positions in its prompt. A dialogue is rendered by the
-tokenizer's chat template, open for the next reply. Spans that name a text are checked: their
-tokens, decoded, read as it does. `encode` pads a batch on the left and moves its spans.
+tokenizer's chat template, open for the next reply. The span of a phrase is checked: its tokens,
+decoded, read as it does. `encode` pads a batch on the left and moves its spans.
 """
 
 import re
@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import BatchEncoding
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from steerkit.chat import (
     Dialogue,
@@ -30,15 +31,11 @@ Spans = Tensor | Sequence[Sequence[Span]]
 """A bool mask (B,T), True = in a span, or for each prompt of the batch its list of spans.
 Positions count a batch's left padding."""
 
-_MARKS = re.compile(r"\*\*(.+?)\*\*|<em>(.+?)</em>", re.DOTALL)
-_SINGLE_MARK = re.compile(r"\*\*|</?em>")
-
-
 # --- phrases and messages ----------------------------------------------------------------------
 
 
 def find_span(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     prompt: Prompt,
     phrase: str,
     *,
@@ -72,7 +69,7 @@ def find_span(
 
 
 def find_spans(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     prompt: Prompt,
     phrase: str,
     *,
@@ -96,52 +93,18 @@ def find_spans(
     if not covering:
         raise ValueError(f"{phrase!r} is not in the prompt {_short(text.text[first:last])!r}")
     if not spans:
-        raise _cut_token(phrase, text.decode(*covering[0]))
-    return spans
-
-
-def message_span(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, index: int) -> Span:
-    """Tokens [start, end) of the content of message `index` (from 0, negative from the end)."""
-    text, place = _message(tokenizer, dialogue, index)
-    return text.exactly(*place)
-
-
-def read_marks(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[Prompt, list[Span]]:
-    """The prompt without its marks, and the tokens that stood between them.
-
-    Marks are `**...**` and `<em>...</em>`, and do not nest.
-    """
-    if isinstance(prompt, str):
-        plain, marked = _without_marks(prompt)
-        text, places = _tokenized(tokenizer, plain), marked
-    else:
-        stripped = [_without_marks(m.content) for m in as_messages(prompt)]
-        plain = [
-            m._replace(content=content)
-            for m, (content, _) in zip(as_messages(prompt), stripped, strict=True)
-        ]
-        text, contents = _contents(tokenizer, plain)
-        starts = [  # of each content's first character, where the template trims it, too
-            start - m.content.index(text.text[start:end])
-            for m, (start, end) in zip(plain, contents, strict=True)
-        ]
-        places = [
-            (start + a, start + b)
-            for start, (_, marked) in zip(starts, stripped, strict=True)
-            for a, b in marked
-        ]
-    if not places:
+        reads = text.decode(*covering[0])
         raise ValueError(
-            f"no marks in {_short(text.text)!r}: expected **emphasised** or <em>emphasised</em>"
+            f"{phrase!r} does not end where tokens end: its tokens read {reads!r}; take those words"
         )
-    return plain, [text.exactly(*place) for place in places]
+    return spans
 
 
 # --- batches -----------------------------------------------------------------------------------
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], spans: Sequence[Sequence[Span]]
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], spans: Sequence[Sequence[Span]]
 ) -> tuple[BatchEncoding, list[list[Span]]]:
     """The prompts as one batch (B,T), padded on the left, and their spans where they now stand."""
     if len(prompts) != len(spans):
@@ -203,7 +166,7 @@ class Turn(NamedTuple):
     end: int
 
 
-def find_turns(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> tuple[Tensor, list[Turn]]:
+def find_turns(tokenizer: Tokenizer, dialogue: Dialogue) -> tuple[Tensor, list[Turn]]:
     """Token ids (1,T) of a dialogue, not opened for a reply, and the tokens of each message.
 
     A message ends where the template's text ends if the dialogue ends with it. Raises ValueError
@@ -258,21 +221,12 @@ class _Text(NamedTuple):
     text: str
     ids: list[int]
     offsets: list[tuple[int, int]]
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
 
     def covering(self, start: int, end: int) -> Span:
         """The tokens that hold any of these characters; pieces of one character included."""
         inside = [t for t, (a, b) in enumerate(self.offsets) if a < end and b > start]
         return (inside[0], inside[-1] + 1) if inside else (0, 0)
-
-    def exactly(self, start: int, end: int) -> Span:
-        """The tokens that hold these characters, outer spaces left out, and nothing else."""
-        phrase = self.text[start:end]
-        first = start + len(phrase) - len(phrase.lstrip())
-        span = self.covering(first, first + len(phrase.strip()))
-        if not phrase.strip() or not _same_words(self.decode(*span), phrase):
-            raise _cut_token(phrase, self.decode(*span))
-        return span
 
     def tokens_before(self, character: int) -> int:
         """How many tokens begin before this character."""
@@ -282,7 +236,7 @@ class _Text(NamedTuple):
         return self.tokenizer.decode(self.ids[start:end], clean_up_tokenization_spaces=False)
 
 
-def _tokenized(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, opened: bool = True) -> _Text:
+def _tokenized(tokenizer: Tokenizer, prompt: Prompt, *, opened: bool = True) -> _Text:
     if not tokenizer.is_fast:
         raise ValueError(
             f"{type(tokenizer).__name__} does not say which characters a token stands for: load a "
@@ -295,7 +249,7 @@ def _tokenized(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, opened: bo
 
 
 def _contents(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, opened: bool = True
+    tokenizer: Tokenizer, messages: Sequence[Message], *, opened: bool = True
 ) -> tuple[_Text, list[tuple[int, int]]]:
     """The dialogue's text, and the characters [start, end) of each message's content.
 
@@ -318,38 +272,13 @@ def _contents(
     return text, places
 
 
-def _message(
-    tokenizer: PreTrainedTokenizerBase, dialogue: Prompt, index: int
-) -> tuple[_Text, tuple[int, int]]:
+def _message(tokenizer: Tokenizer, dialogue: Prompt, index: int) -> tuple[_Text, tuple[int, int]]:
     """The dialogue's text, and the characters of the content of message `index`."""
     number = 0 if isinstance(dialogue, str) else len(dialogue)
     if not -number <= index < number:
         raise ValueError(f"message {index}: expected a list of messages, and one of {number}")
     text, contents = _contents(tokenizer, as_messages(dialogue))
     return text, contents[index]
-
-
-def _without_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text without marks, and the characters that were marked."""
-    plain, marked, end = "", [], 0
-    for match in _MARKS.finditer(text):
-        plain += text[end : match.start()]
-        inner = match[1] or match[2]
-        marked.append((len(plain), len(plain) + len(inner)))
-        plain, end = plain + inner, match.end()
-    plain += text[end:]
-    if single := _SINGLE_MARK.search(plain):
-        raise ValueError(
-            f"{single[0]!r} without a partner, nested or empty in {_short(text)!r}: marks are "
-            "**...** and <em>...</em>"
-        )
-    return plain, marked
-
-
-def _cut_token(phrase: str, reads: str) -> ValueError:
-    return ValueError(
-        f"{phrase!r} does not end where tokens end: its tokens read {reads!r}; take those words"
-    )
 
 
 def _same_words(a: str, b: str) -> bool:

@@ -1,25 +1,146 @@
-"""Batched replies equal single ones, and dialogues are played with the model's own replies."""
+"""Batched replies equal single ones, kept keys and values change none, templates are read once."""
 
-from steerkit.chat import Message, chat_batch, prompt_ids, reply
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from steerkit.chat import (
+    BatchedChat,
+    Message,
+    as_messages,
+    dialogue_ids,
+    prompt_ids,
+    reply,
+    stop_ids,
+    template_pieces,
+)
 
 QUESTIONS = ["Where does Anna Adler live?", "Tell me the pet of Boris Bloom. Hobby: chess.", "Hi."]
 
 
+def user(*texts):
+    """Dialogues of one user message each."""
+    return [[Message("user", text)] for text in texts]
+
+
+# Prompts
+
+
+def test_a_prompt_is_the_template_opened_for_the_assistant(tiny):
+    text = tiny[1].decode(prompt_ids(tiny[1], [Message("user", "Hi.")]))
+    assert text == "<|bos|><|user|>Hi.<|end|><|assistant|>"
+
+
+def test_ids_are_those_of_transformers(tiny):
+    dialogue = [Message("user", "Hi."), Message("assistant", "Yes."), Message("user", "Who?")]
+    dicts = [m._asdict() for m in dialogue]
+    for opened, ids in ((True, prompt_ids), (False, dialogue_ids)):
+        wanted = tiny[1].apply_chat_template(dicts, add_generation_prompt=opened, return_dict=False)
+        assert ids(tiny[1], dialogue) == ids(tiny[1], dicts) == wanted
+    assert prompt_ids(tiny[1], "Hi.") == tiny[1]("Hi.")["input_ids"]
+
+
+def test_the_pieces_of_a_template_lie_around_the_contents(tiny):
+    dialogue = [Message("user", "Hi."), Message("assistant", "user"), Message("user", "Hi.")]
+    pieces = template_pieces(tiny[1], dialogue)
+    assert pieces == [
+        "<|bos|><|user|>", "<|end|><|assistant|>", "<|end|><|user|>", "<|end|><|assistant|>",
+    ]  # fmt: skip
+    assert template_pieces(tiny[1], dialogue, opened=False) == [*pieces[:3], "<|end|>"]
+
+
+@pytest.mark.parametrize(
+    ("dialogue", "message"),
+    [
+        ("Hi.", "'Hi.' is no dialogue"),
+        (Message("user", "Hi."), "is no dialogue: give a list"),
+        ([], "no messages: give at least one"),
+        ([{"role": "user"}], "is no message: give Message"),
+        (["Hi."], "'Hi.' is no message"),
+    ],
+)
+def test_what_is_no_dialogue_is_named(dialogue, message):
+    with pytest.raises(ValueError, match=message):
+        as_messages(dialogue)
+
+
+# Replies
+
+
 def test_a_reply_does_not_depend_on_its_batch(tiny):
     """Left padding, other lengths beside it: the greedy reply is the same."""
-    dialogues = [[Message("user", text)] for text in QUESTIONS]
+    dialogues = user(*QUESTIONS)
     alone = [reply(*tiny, [dialogue])[0] for dialogue in dialogues]
     assert reply(*tiny, dialogues, batch=2) == reply(*tiny, dialogues) == alone
 
 
-def test_a_prompt_is_the_template_opened_for_the_assistant(tiny):
-    tokenizer = tiny[1]
-    text = tokenizer.decode(prompt_ids(tokenizer, [Message("user", "Hi.")]))
-    assert text == "<|bos|><|user|>Hi.<|end|><|assistant|>"
+def test_each_batch_is_generated_inside_its_context(tiny):
+    """`steer` gets each padded batch once; spans move by the padding, and name the same tokens."""
+    prompts, open_now, calls = user(*QUESTIONS), [], []
+    spans = [[(2, len(prompt_ids(tiny[1], prompt)) - 2)] for prompt in prompts]
+
+    @contextmanager
+    def steer(batch):
+        open_now.append(batch)
+        yield
+        calls.append(open_now.pop())
+
+    assert reply(*tiny, prompts, steer=steer, batch=2) == reply(*tiny, prompts)
+    assert sorted(i for batch in calls for i in batch.indices) == [0, 1, 2] and not open_now
+    for batch in calls:
+        for i, ids, [(start, end)] in zip(
+            batch.indices, batch.inputs["input_ids"], batch.move(spans), strict=True
+        ):
+            assert tiny[1].decode(ids[start:end]) == QUESTIONS[i]
 
 
-def test_play_feeds_each_reply_back(tiny):
-    users = [[QUESTIONS[0], QUESTIONS[2]], [QUESTIONS[1], QUESTIONS[0]]]
-    for texts, replies in zip(users, chat_batch(*tiny, users), strict=True):
-        history = [Message("user", texts[0]), Message("assistant", replies[0])]
-        assert replies[1] == reply(*tiny, [[*history, Message("user", texts[1])]])[0]
+def test_stop_tokens_are_the_tokenizers_and_the_models(tiny, monkeypatch):
+    model, tokenizer = tiny
+    for ends, wanted in ((None, {6}), (9, {6, 9}), ([9, 8], {6, 8, 9})):
+        monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+        assert set(stop_ids(model, tokenizer)) == wanted
+
+
+# Dialogues whose keys and values stay cached
+
+
+def test_a_kept_cache_gives_the_replies_of_fresh_prompts(tiny):
+    """Dialogues of other lengths, a fork, a reply that is replaced, a selection."""
+    chat, first = BatchedChat(*tiny), user(QUESTIONS[0], QUESTIONS[1])
+    texts = chat.reply(first)
+    assert texts == reply(*tiny, first)
+
+    def go_on(dialogues, answers, question):
+        pairs = zip(dialogues, answers, strict=True)
+        return [[*d, Message("assistant", a), Message("user", question)] for d, a in pairs]
+
+    fork = go_on(first, texts, "What is your hobby?")
+    assert chat.reply(fork) == reply(*tiny, fork)
+    replaced = go_on(first, ["Oslo, of course."] * 2, "Hi.")
+    assert chat.reply(replaced) == reply(*tiny, replaced)
+    chat.select([1, 0, 1])
+    swapped = go_on([replaced[i] for i in (1, 0, 1)], ["Hm."] * 3, QUESTIONS[0])
+    assert chat.reply(swapped) == reply(*tiny, swapped)
+
+
+def test_what_the_cache_holds_is_not_read_again(tiny, monkeypatch):
+    model, tokenizer = tiny
+    read, inner = [], model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda *a, **k: read.append(k["input_ids"].numel()) or inner(*a, **k)
+    )
+    chat, messages = BatchedChat(*tiny), []
+    for _ in range(4):
+        messages.append(Message("user", QUESTIONS[0]))
+        messages.append(Message("assistant", chat.reply([messages])[0]))
+    assert sum(read) <= len(dialogue_ids(tokenizer, messages)) + 4
+
+
+def test_a_sampled_reply_follows_torchs_generator(tiny):
+    def sampled(seed):
+        torch.manual_seed(seed)
+        return BatchedChat(*tiny).reply(user("Hi."), max_new_tokens=12, temperature=3.0)
+
+    with torch.random.fork_rng():
+        assert sampled(1) == sampled(1) != sampled(2)

@@ -15,7 +15,6 @@ from steerkit.constraints import (
     check_together,
     compatible,
     main_language,
-    parse_list,
     values,
 )
 from steerkit.tiny.gatt import split_values
@@ -151,18 +150,6 @@ def test_an_exclusive_pair_really_excludes():
         assert not compatible((a, b), "real")
         assert not Constraint(a, "", "real").obeyed(OBEYING[b, ""])
         assert not Constraint(b, "", "real").obeyed(OBEYING[a, ""])
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "1. Chess: a game\n2. Rock climbing\n3. chess\n",
-        "Sure:\n- Chess\n* Rock climbing - outdoors\n• chess",
-        "Chess, Rock climbing, chess",
-    ],
-)
-def test_a_list_is_read_in_any_of_the_usual_forms(text):
-    assert [x for x in parse_list(text) if x != "Sure"] == ["Chess", "Rock climbing", "chess"]
 
 
 @pytest.mark.parametrize(

@@ -1,58 +1,104 @@
-"""Ghost Attention's data: which words stand where, which reply is chosen, what a kill costs."""
+"""Ghost Attention's data and measurements: which words stand where, which reply is chosen."""
 
 import random
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
-from typing import ClassVar
 
 import pytest
 import torch
 
-from steerkit.chat import (
-    CHATML,
-    BatchedChat,
-    Message,
-    chat_batch,
-    check_template,
-    dialogue_ids,
-    prompt_ids,
-    reply,
-)
-from steerkit.constraints import FAMILIES, Constraint, Question, values
+from steerkit.chat import CHATML, BatchedChat, Message, check_template, reply
+from steerkit.constraints import FAMILIES, Constraint, values
 from steerkit.gatt import dialogues as gatt
-from steerkit.gatt import evaluation as gatt_eval
-from steerkit.tiny import gatt as gatt_arms
+from steerkit.gatt.evaluation import adherence_by_turn, forgetting, survival
+from steerkit.tiny import gatt as tiny_gatt
 from steerkit.tiny.world import fact_question
 
 FRENCH = Constraint("language", "French")
 CHESS = Constraint("hobby", "chess")
 
 
-def questions(*texts):
-    return tuple(Question(text, "", "", "") for text in texts)
-
-
 def plan_of(seed=0, turns=4, family="hobby", **options):
     rng = random.Random(seed)
-    return gatt.make_plan(rng, gatt.draw(rng, families=[family]), turns=turns, **options)
+    constraints = tiny_gatt.draw_constraints(rng, families=[family])
+    return tiny_gatt.make_plan(rng, constraints, turns=turns, **options)
 
 
-def a_sample(turns=4, good=None):
-    plan = gatt.Plan((CHESS,), "Hobby: chess.", questions(*[f"Q{t}?" for t in range(turns)]))
+def a_sample(turns=4, verified=None):
+    plan = gatt.Plan((CHESS,), "Hobby: chess.", tuple(f"Q{t}?" for t in range(turns)))
     replies = tuple(f"R{t}. I love chess." for t in range(turns))
-    return gatt.Sample(plan, replies, tuple(good or [True] * turns))
+    return gatt.Sample(plan, replies, tuple(verified or [True] * turns))
 
 
-# Plans and rows
+# Plans
 
 
 def test_the_instruction_leads_every_message_or_the_first_one_only():
-    plan = a_sample().plan
-    assert [plan.message(t, every=True) for t in range(2)] == [
-        "Hobby: chess. Q0?",
-        "Hobby: chess. Q1?",
-    ]
-    assert [plan.message(t, every=False) for t in range(2)] == ["Hobby: chess. Q0?", "Q1?"]
+    plan = a_sample(2).plan
+    every, once = ([plan.message(t, every=e) for t in range(2)] for e in (True, False))
+    assert every == ["Hobby: chess. Q0?", "Hobby: chess. Q1?"]
+    assert once == ["Hobby: chess. Q0?", "Q1?"]
+
+
+def test_values_held_out_are_a_quarter_and_never_drawn():
+    rng = random.Random(0)
+    for family in FAMILIES:
+        seen, held_out = tiny_gatt.split_values(family)
+        assert sorted(seen + held_out) == sorted(values(family))
+        assert len(held_out) == len(values(family)) // 4
+        drawn = [tiny_gatt.draw_constraints(rng, families=[family])[0] for _ in range(100)]
+        assert {c.value for c in drawn} <= set(seen)
+    drawn = [tiny_gatt.draw_constraints(rng, held_out=True, numbers=[1])[0] for _ in range(300)]
+    pools = {(f, v) for f in FAMILIES for v in tiny_gatt.split_values(f)[1]}
+    assert {(c.family, c.value) for c in drawn} == pools
+
+
+def test_training_plans_give_no_instruction_away():
+    """Every family asks for sentences to be repeated; no value is commoner than another."""
+    plans = tiny_gatt.training_plans(0)
+    repeats = [p for p in plans if "Repeat:" in str(p.questions[1:])]
+    assert {c.family for p in repeats for c in p.constraints} == set(FAMILIES)
+    assert any(not p.constraints for p in repeats)
+    counts = Counter(c for p in plans for c in p.constraints)
+    for family in FAMILIES:
+        seen = [counts[Constraint(family, v)] for v in tiny_gatt.split_values(family)[0]]
+        assert max(seen) - min(seen) <= 1
+    short = Counter(
+        p.instruction == p.constraints[0].short for p in plans if len(p.constraints) == 1
+    )
+    assert 0.3 < short[True] / short.total() < 0.7  # appendix A.3.5: half of them in short form
+
+
+def test_a_probe_is_verified_by_what_is_recalled():
+    users = ("Q?", CHESS.probe.question)
+    plan = gatt.Plan((CHESS, FRENCH), "Hobby: chess.", users, probes=(1,))
+    assert plan.verified(1, "My hobby is chess.") and not plan.verified(1, "I speak French.")
+    assert not plan.verified(0, "My hobby is chess.")
+
+
+def test_each_instruction_is_asked_for_once_rather_late_and_never_at_first():
+    """Turns 2, 3, 4 in proportion to 1, 2, 3, to three sigmas."""
+    plans = [plan_of(seed, turns=4, probes=True) for seed in range(600)]
+    for plan in plans:
+        asked = [t for t, q in enumerate(plan.questions) if q.text == CHESS.probe.question]
+        assert tuple(asked) == plan.probes and len(asked) == 1
+    at = Counter(plan.probes[0] for plan in plans)
+    assert [abs(at[t] / 600 - t / 6) < 0.06 for t in range(4)] == [True] * 4
+    both = tiny_gatt.make_plan(random.Random(0), [CHESS, FRENCH], turns=9, probes=True)
+    asked = {both.questions[t].text for t in both.probes}
+    assert asked == {CHESS.probe.question, FRENCH.probe.question}
+
+
+def test_an_instruction_that_was_never_stated_is_asked_for_and_must_be_denied():
+    plan = tiny_gatt.make_plan(random.Random(0), (), turns=9, probes=True)
+    assert len(plan.probes) == 2
+    for t in plan.probes:
+        assert plan.verified(t, plan.questions[t].value)
+        assert not plan.verified(t, "My hobby is chess.")
+
+
+# Training data
 
 
 def test_a_row_is_the_history_with_one_instruction_and_the_last_reply():
@@ -61,43 +107,43 @@ def test_a_row_is_the_history_with_one_instruction_and_the_last_reply():
     for row in rows:
         t = len(row["prompt"]) // 2
         texts = [m["content"] for m in row["prompt"]]
-        wanted = [x for k in range(t) for x in (f"Q{k}?", f"R{k}. I love chess.")] + [f"Q{t}?"]
-        assert texts == ["Hobby: chess. " + wanted[0], *wanted[1:]]
+        plain = [x for k in range(t) for x in (f"Q{k}?", f"R{k}. I love chess.")] + [f"Q{t}?"]
+        assert texts == ["Hobby: chess. " + plain[0], *plain[1:]]
         assert row["completion"] == [{"role": "assistant", "content": f"R{t}. I love chess."}]
 
 
 def test_only_verified_replies_are_taught_and_the_other_arm_has_the_same_dialogues():
-    rows = gatt.make_rows([a_sample(good=[True, False, True, False])], per_dialogue=9)
+    rows = gatt.make_rows([a_sample(verified=[True, False, True, False])], per_dialogue=9)
     assert [len(row["prompt"]) for row in rows] == [5]
-    assert gatt.make_all_turns_rows(rows) == [
-        {"messages": rows[0]["prompt"] + rows[0]["completion"]}
-    ]
+    whole = rows[0]["prompt"] + rows[0]["completion"]
+    assert gatt.make_all_turns_rows(rows) == [{"messages": whole}]
+
+
+def test_rows_are_cut_at_every_probe():
+    plan = tiny_gatt.make_plan(random.Random(0), [CHESS, FRENCH], turns=20, probes=True)
+    sample = gatt.Sample(plan, ("R.",) * 20, (True,) * 20)
+    for seed in range(20):
+        cuts = [len(r["prompt"]) // 2 for r in gatt.make_rows([sample], per_dialogue=3, seed=seed)]
+        assert len(set(cuts)) == 3 and set(plan.probes) < set(cuts)
 
 
 def test_pairs_reject_what_the_model_said_and_failed(tiny):
-    """Chosen obeys, rejected does not; where the base did not lapse there is no pair."""
-    plans = [plan_of(seed, turns=5, family="emoji") for seed in range(3)]
-    samples = gatt.sample_dialogues(*tiny, plans, candidates=1)
+    """Chosen obeys, rejected does not; without an instruction rejected obeys a slipped one."""
+    instructed = [plan_of(seed, turns=5, family="emoji") for seed in range(2)]
+    ask = lambda rng, _: fact_question(rng)  # noqa: E731
+    quiet = tiny_gatt.make_plan(random.Random(0), (), turns=5, ask=ask)
+    samples = gatt.sample_dialogues(*tiny, [*instructed, quiet], candidates=1)
     pairs = gatt.make_pairs(*tiny, samples, first=0, per_dialogue=5)
-    assert 3 <= len(pairs) <= 12  # at turn 1 it obeys
-    by_prompt = {s.plan.message(0, every=False): s.plan for s in samples}
+    plans = {s.plan.message(0, every=False): s.plan for s in samples}
+    counts = Counter()
     for row in pairs:
-        plan, t = by_prompt[row["prompt"][0]["content"]], len(row["prompt"]) // 2
-        assert plan.good(t, row["chosen"][0]["content"])
-        assert not plan.good(t, row["rejected"][0]["content"])
-
-
-def test_pairs_without_an_instruction_reject_obedience(tiny):
-    """Chosen is the plain reply; rejected is what the same message gets once it is instructed."""
-    told = plan_of(0, turns=2, family="emoji")
-    quiet = gatt.make_plan(random.Random(0), (), turns=6, ask=lambda rng, _: fact_question(rng))
-    samples = gatt.sample_dialogues(*tiny, [told, quiet], candidates=1)
-    pairs = gatt.make_pairs(*tiny, samples, first=0, per_dialogue=6)
-    of_quiet = [p for p in pairs if told.instruction not in str(p["prompt"])]
-    assert len(of_quiet) == 6
-    for row in of_quiet:
+        plan, t = plans[row["prompt"][0]["content"]], len(row["prompt"]) // 2
         chosen, rejected = (row[key][0]["content"] for key in ("chosen", "rejected"))
-        assert told.constraints[0].obeyed(rejected) and not told.constraints[0].obeyed(chosen)
+        assert plan.verified(t, chosen)
+        slipped = any(p.constraints[0].obeyed(rejected) for p in instructed)
+        assert slipped if plan is quiet else not plan.verified(t, rejected)
+        counts[plan is quiet] += 1
+    assert counts[True] == 5 and 2 <= counts[False] <= 8  # at turn 1 the base does not fail
 
 
 def test_an_instruction_that_no_verifier_knows_is_an_instruction(tiny, monkeypatch):
@@ -106,413 +152,175 @@ def test_an_instruction_that_no_verifier_knows_is_an_instruction(tiny, monkeypat
     quiet = told._replace(plan=replace(told.plan, instruction=""))
     asked = []
 
-    def reply(model, tokenizer, dialogues, **_):
-        asked.extend(m[-1].content for m in dialogues)
+    def no(model, tokenizer, dialogues, **_):
+        asked.append({m[-1].content for m in dialogues})
         return ["No."] * len(dialogues)
 
-    monkeypatch.setattr(gatt, "reply", reply)
-    gatt.make_pairs(*tiny, [told], first=1, per_dialogue=3)
-    gatt.make_pairs(*tiny, [quiet], first=1, per_dialogue=3)
-    assert set(asked) == {"Q1?", "Q2?", "Q3?"}
-    asked.clear()
-    gatt.make_pairs(*tiny, [told, quiet], first=1, per_dialogue=3)
-    assert {a for a in asked if "chess" in a} == {f"Hobby: chess. Q{t}?" for t in (1, 2, 3)}
-    assert len(asked) == 6
+    monkeypatch.setattr(gatt, "reply", no)
+    for samples in ([told], [quiet], [told, quiet]):
+        gatt.make_pairs(*tiny, samples, first=1, per_dialogue=3)
+    plain, slipped = {"Q1?", "Q2?", "Q3?"}, {f"Hobby: chess. Q{t}?" for t in (1, 2, 3)}
+    assert asked == [plain, plain, plain | slipped]
 
 
-def test_values_held_out_are_a_quarter_and_never_drawn():
-    rng = random.Random(0)
-    for family in FAMILIES:
-        seen, held_out = gatt.split_values(family)
-        assert sorted(seen + held_out) == sorted(values(family))
-        assert len(held_out) == len(values(family)) // 4
-        drawn = {gatt.draw(rng, families=[family])[0].value for _ in range(100)}
-        assert drawn <= set(seen)
-    pools = {
-        (c.family, c.value) for _ in range(300) for c in gatt.draw(rng, held_out=True, numbers=[1])
-    }
-    assert pools == {(f, v) for f in FAMILIES for v in gatt.split_values(f)[1]}
+# Rejection sampling
 
 
-def test_half_of_the_instructions_are_short():
-    rng = random.Random(1)
-    short = Counter(
-        gatt.make_plan(rng, [CHESS], turns=1).instruction == CHESS.short for _ in range(400)
-    )
-    assert 160 < short[True] < 240
-
-
-def test_what_the_user_asks_does_not_give_the_instruction_away():
-    """Sentences to be repeated stand in dialogues of every family, and in those of none."""
-    plans = gatt_arms.training_plans(0)
-    asked = {c.family for p in plans for c in p.constraints if "Repeat:" in str(p.questions[1:])}
-    assert asked == set(FAMILIES)
-    assert any("Repeat:" in str(p.questions) for p in plans if not p.constraints)
-
-
-def test_no_value_is_trained_much_more_often_than_another():
-    counts = Counter(c for p in gatt_arms.training_plans(0) for c in p.constraints)
-    for family in FAMILIES:
-        found = [counts[Constraint(family, v)] for v in gatt.split_values(family)[0]]
-        assert max(found) - min(found) <= 1
-
-
-def test_probes_are_judged_by_what_is_recalled():
-    plan = gatt.Plan((CHESS, FRENCH), "Hobby: chess.", questions("Q?", CHESS.probe.question), (1,))
-    assert plan.good(1, "My hobby is chess.") and not plan.good(1, "I speak French.")
-    assert not plan.good(0, "My hobby is chess.")
-
-
-def test_each_instruction_is_asked_for_once_and_never_in_the_first_message():
-    """A second question would find the answer in the history."""
-    for seed in range(40):
-        plan = plan_of(seed, turns=6, probes=True)
-        assert [t for t, q in enumerate(plan.questions) if q.text == CHESS.probe.question] == list(
-            plan.probes
-        )
-        assert len(plan.probes) == 1 and plan.probes[0] > 0
-    both = gatt.make_plan(random.Random(0), [CHESS, FRENCH], turns=9, probes=True)
-    assert {both.questions[t].text for t in both.probes} == {
-        CHESS.probe.question,
-        FRENCH.probe.question,
-    }
-    assert gatt.make_plan(random.Random(0), [CHESS, FRENCH], turns=2, probes=True).probes == (1,)
-
-
-def test_late_turns_are_asked_at_in_proportion_to_their_number():
-    """Weights 1, 2, 3: the third turn after the first half of the time, to three sigmas."""
-    at = Counter(plan_of(seed, turns=4, probes=True).probes for seed in range(600))
-    assert [abs(at[(t,)] / 600 - t / 6) < 0.06 for t in (1, 2, 3)] == [True] * 3
-
-
-def test_what_was_never_told_is_asked_for_too_and_must_be_denied():
-    plan = gatt.make_plan(random.Random(0), (), turns=9, probes=True)
-    assert len(plan.probes) == 2
-    for t in plan.probes:
-        assert plan.good(t, plan.questions[t].value) and not plan.good(t, "My hobby is chess.")
-
-
-def test_rows_are_cut_at_every_probe():
-    plan = gatt.make_plan(random.Random(0), [CHESS, FRENCH], turns=20, probes=True)
-    sample = gatt.Sample(plan, ("R.",) * 20, (True,) * 20)
-    for seed in range(20):
-        rows = gatt.make_rows([sample], per_dialogue=3, seed=seed)
-        cuts = {len(row["prompt"]) // 2 for row in rows}
-        assert len(rows) == len(cuts) == 3 and set(plan.probes) < cuts
-    assert len(gatt.make_rows([sample], per_dialogue=1)) == 1
-
-
-# Sampling
-
-
-class Scripted(gatt.BatchedChat):
-    """Candidates by script; records which rows were kept."""
-
-    script: ClassVar[list] = []
-    kept: ClassVar[list] = []
-
-    def start(self, rows):
-        pass
-
-    def select(self, rows):
-        self.kept.append(list(rows))
-
-    def reply(self, messages, **_):
-        return self.script.pop(0)
-
-
-def test_the_best_candidate_goes_on_by_verifier_then_by_reward(monkeypatch):
-    """Two dialogues, K = 3: verified before unverified, then reward, then the first."""
+def test_the_best_candidate_goes_on_by_verifier_then_by_reward(tiny, monkeypatch):
+    """Two dialogues, K = 3: verified before unverified, then the higher reward, then the first."""
     plain, short, long = "No.", "I love chess.", "Yes, yes. I love chess."
-    Scripted.script = [
-        [plain, short, long, long, plain, short],
-        [plain, plain, plain, short, long, long],
-    ]
-    Scripted.kept = []
-    monkeypatch.setattr(gatt, "BatchedChat", Scripted)
-    tokenizer = type("T", (), {})()
-    monkeypatch.setattr(gatt, "check_template", lambda _: None)
-    plan = gatt.Plan((CHESS,), "Hobby: chess.", questions("A?", "B?"))
-    found = gatt.sample_dialogues(
-        None,
-        tokenizer,
-        [plan, plan],
-        candidates=3,
-        reward=lambda _, text: len(text),
-    )
-    assert [s.replies for s in found] == [(long, plain), (long, long)]
-    assert [s.good for s in found] == [(True, False), (True, True)]
-    assert Scripted.kept == [[2, 2, 2, 3, 3, 3]]
+    script = [[plain, short, long, long, plain, short], [plain, plain, plain, short, long, long]]
+    selected = []
+    monkeypatch.setattr(BatchedChat, "select", lambda _, chosen: selected.append(chosen))
+    monkeypatch.setattr(BatchedChat, "reply", lambda *_, **__: script.pop(0))
+    plan = gatt.Plan((CHESS,), "Hobby: chess.", ("A?", "B?"))
+    options = {"candidates": 3, "reward": lambda _, text: len(text)}
+    samples = gatt.sample_dialogues(*tiny, [plan, plan], **options)
+    assert [s.replies for s in samples] == [(long, plain), (long, long)]
+    assert [s.verified for s in samples] == [(True, False), (True, True)]
+    assert selected == [[2, 2, 2, 3, 3, 3]]
 
 
-def test_a_torn_samples_file_goes_on_and_ends_the_same(tiny, tmp_path):
-    """Cut in the middle of a line, as a kill does: at most that line is made again."""
-    plans = [plan_of(seed, turns=2) for seed in range(5)]
-    options = {"candidates": 2, "batch": 2}
-    whole = gatt.sample_dialogues(*tiny, plans, out=tmp_path / "a.jsonl", **options)
-    text = (tmp_path / "a.jsonl").read_bytes()
-    assert len(whole) == 5 and gatt.read_samples(tmp_path / "a.jsonl") == whole
-    for cut in (len(text) - 40, text.index(b"\n") + 30, 20):
-        (tmp_path / "b.jsonl").write_bytes(text[:cut])
-        assert gatt.sample_dialogues(*tiny, plans, out=tmp_path / "b.jsonl", **options) == whole
-        assert (tmp_path / "b.jsonl").read_bytes() == text
+def test_another_model_gives_other_samples(tiny, tmp_path, monkeypatch):
+    """Nothing is read back from an earlier run, of this model or another."""
+    monkeypatch.chdir(tmp_path)
+    plan = plan_of(turns=1)
+    first = gatt.sample_dialogues(*tiny, [plan], candidates=1)
+    monkeypatch.setattr(BatchedChat, "reply", lambda *_, **__: ["Another model."])
+    again = gatt.sample_dialogues(*tiny, [plan], candidates=1)
+    assert again[0].replies == ("Another model.",) != first[0].replies
+    assert not list(tmp_path.iterdir())
 
 
-def test_complete_lines_are_not_sampled_again(tiny, tmp_path, monkeypatch):
-    plans = [plan_of(seed, turns=2) for seed in range(4)]
-    options = {"candidates": 1, "batch": 2, "out": tmp_path / "a.jsonl"}
-    gatt.sample_dialogues(*tiny, plans, **options)
-    lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "a.jsonl").write_text("".join(lines[:3]))
-    batches = []
-    inner = gatt._sample_batch
-    monkeypatch.setattr(gatt, "_sample_batch", lambda *a: batches.append(a[1]) or inner(*a))
-    gatt.sample_dialogues(*tiny, plans, **options)
-    assert batches == [plans[2:]]
-
-
-def test_a_complete_file_is_only_read(tiny, tmp_path, monkeypatch):
-    plans = [plan_of(seed, turns=1) for seed in range(3)]
-    options = {"candidates": 1, "batch": 2, "out": tmp_path / "a.jsonl"}
-    whole = gatt.sample_dialogues(*tiny, plans, **options)
-    monkeypatch.setattr(gatt, "_sample_batch", lambda *_: pytest.fail("sampled again"))
-    assert gatt.sample_dialogues(*tiny, plans, **options) == whole
-
-
-def test_a_samples_file_of_other_parameters_is_refused(tiny, tmp_path):
-    options = {"out": tmp_path / "a.jsonl"}
-    gatt.sample_dialogues(*tiny, [plan_of(turns=1)], candidates=1, **options)
-    with pytest.raises(ValueError, match="sampled with"):
-        gatt.sample_dialogues(*tiny, [plan_of(turns=1)], candidates=2, **options)
-
-
-# The kept cache
-
-
-def test_a_kept_cache_gives_the_replies_of_fresh_prompts(tiny):
-    """Rows of other lengths, a fork, a reply that is replaced, a selection: all as from scratch."""
-    users = [
-        ["Where does Anna Adler live?", "Hi."],
-        ["Hobby: chess. Which pet does Leon Lindt have?", "Ok?"],
-    ]
-    talk, rows = BatchedChat(*tiny), [[Message("user", u[0])] for u in users]
-    texts = talk.reply(rows)
-    assert texts == reply(*tiny, rows)
-    forced = [
-        [*row, Message("assistant", "Oslo, of course."), Message("user", u[1])]
-        for row, u in zip(rows, users, strict=True)
-    ]
-    fork = [
-        [*row, Message("assistant", t), Message("user", "What is your hobby?")]
-        for row, t in zip(rows, texts, strict=True)
-    ]
-    assert talk.reply(fork) == reply(*tiny, fork)
-    assert talk.reply(forced) == reply(*tiny, forced)
-    talk.select([1, 0, 1])
-    swapped = [
-        [*forced[i], Message("assistant", "Hm."), Message("user", users[0][0])] for i in (1, 0, 1)
-    ]
-    assert talk.reply(swapped) == reply(*tiny, swapped)
-
-
-def test_what_the_cache_holds_is_not_read_again(tiny, monkeypatch):
-    model, tokenizer = tiny
-    read = []
-    inner = model.forward
-    monkeypatch.setattr(
-        model, "forward", lambda *a, **k: read.append(k["input_ids"].numel()) or inner(*a, **k)
-    )
-    users = [["Where does Anna Adler live?"] * 4]
-    replies = chat_batch(model, tokenizer, users)[0]
-    messages = [
-        m
-        for u, r in zip(users[0], replies, strict=True)
-        for m in (Message("user", u), Message("assistant", r))
-    ]
-    assert sum(read) <= len(dialogue_ids(tokenizer, messages)) + len(users[0])
-
-
-def test_sampling_draws_from_torchs_generator_and_restores_it(tiny):
-    torch.manual_seed(5)
+def test_sampling_depends_on_the_seed_alone_and_restores_torchs_generator(tiny):
     before = torch.get_rng_state()
-    plans = [plan_of(turns=1)]
-    a = gatt.sample_dialogues(*tiny, plans, candidates=2, temperature=3.0, seed=1)
-    assert torch.equal(before, torch.get_rng_state())
-    assert a == gatt.sample_dialogues(*tiny, plans, candidates=2, temperature=3.0, seed=1)
-    assert a != gatt.sample_dialogues(*tiny, plans, candidates=2, temperature=3.0, seed=2)
+    first, again, other = (
+        gatt.sample_dialogues(*tiny, [plan_of(turns=1)], temperature=3.0, seed=seed)
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(before, torch.get_rng_state()) and first == again != other
 
 
 # Measurements
 
 
 def test_survival_and_forgetting_on_a_worked_example():
-    rows = torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1], [0, 1, 1, 0], [1, 0, 0, 0.0]])
-    assert gatt_eval.survival(rows).tolist() == [3, 5, 1, 2]
-    assert gatt_eval.forgetting(rows).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 2])
-
-
-def test_adherence_of_the_models_own_dialogue_is_what_play_says(tiny):
-    plans = [plan_of(seed, turns=3, family=f) for seed, f in enumerate(("hobby", "emoji", "json"))]
-    found = gatt_eval.adherence_by_turn(*tiny, plans, probe_turns=[2], batch=2)
-    replies = chat_batch(*tiny, [[p.message(t, every=False) for t in range(3)] for p in plans])
-    assert found.replies == replies
-    obeyed = [
-        [float(p.constraints[0].obeyed(r)) for r in row]
-        for p, row in zip(plans, replies, strict=True)
-    ]
-    assert found.obeyed.tolist() == obeyed
-    assert found.recalled.isnan().squeeze(1).tolist() == [False, False, True]
-    for i in (0, 1):
-        c = plans[i].constraints[0]
-        fork = [
-            Message("user", plans[i].message(0, every=False)),
-            Message("assistant", replies[i][0]),
-            Message("user", c.probe.question),
-        ]
-        assert found.recalled[i, 0] == float(c.recalled(reply(*tiny, [fork])[0]))
-
-
-def test_a_forced_history_is_what_the_model_reads(tiny):
-    """With a history that obeys, the base obeys longer: the reply follows what was forced."""
-    plans = [plan_of(seed, turns=2, family="hobby") for seed in range(4)]
-    for forced in (gatt_eval.neutral, gatt_eval.competing):
-        found = gatt_eval.adherence_by_turn(*tiny, plans, forced=forced)
-        rows = [
-            [
-                Message("user", p.message(0, every=False)),
-                Message("assistant", forced(p, 0)),
-                Message("user", p.message(1, every=False)),
-            ]
-            for p in plans
-        ]
-        assert [r[1] for r in found.replies] == reply(*tiny, rows)
-    p = plans[0]
-    assert p.right(0, gatt_eval.neutral(p, 0)) and not p.constraints[0].obeyed(
-        gatt_eval.neutral(p, 0)
+    """The last dialogue ended after two turns, and had obeyed till then."""
+    nan = torch.nan
+    obeyed = torch.tensor(
+        [[1, 1, 0, 1], [1, 1, 1, 1], [0, 1, 1, 0], [1, 0, 0, 0], [1, 1, nan, nan]]
     )
-    rivals = [Constraint("hobby", v) for v in values("hobby") if v != p.constraints[0].value]
-    assert sum(c.obeyed(gatt_eval.competing(p, 0)) for c in rivals) == 1
+    assert survival(obeyed).tolist() == [3, 5, 1, 2, 3]
+    assert forgetting(obeyed).tolist() == pytest.approx([1 / 4, 1 / 3, 1 / 2])
 
 
-def test_the_divergence_from_the_teacher_is_the_sum_over_the_vocabulary(tiny):
-    """Zero at turn 1, where both read the same; later equal to a loop over single prompts."""
-    model, tokenizer = tiny
-    s = gatt.sample_dialogues(*tiny, [plan_of(turns=2)], candidates=1)[0]
-    found = gatt_eval.teacher_kl(model, model, tokenizer, [s])
-    assert found.shape == (1, 2) and found[0, 0] == pytest.approx(0, abs=1e-5)
-    ids = tokenizer(s.replies[1], add_special_tokens=False)["input_ids"]
-    total = 0.0
-    for k in range(len(ids)):
-        p, q = (
-            model(torch.tensor([prompt_ids(tokenizer, gatt.history(s, 1, every=e)) + ids[:k]]))
-            .logits[0, -1]
-            .double()
-            .softmax(-1)
-            for e in (True, False)
-        )
-        total += (p * (p / q).log()).sum().item()
-    assert found[0, 1].item() == pytest.approx(total / len(ids), rel=1e-3)
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_dialogues_of_unequal_length_are_measured_as_each_alone(tiny, order):
+    """Own dialogues never have one length: NaN stands after the end, and no turn is lost."""
+    plans = [plan_of(n, turns=n, family=f) for n, f in ((1, "hobby"), (2, "json"), (4, "emoji"))]
+    plans = [plans[i] for i in order]
+    options = {"probe_turns": [1, 3]}
+    together = adherence_by_turn(*tiny, plans, batch=2, **options)
+    assert together.obeyed.shape == together.right.shape == together.recalled.shape == (3, 4)
+    for i, plan in enumerate(plans):
+        alone, turns = adherence_by_turn(*tiny, [plan], **options), len(plan.questions)
+        assert together.replies[i] == alone.replies[0] and len(alone.replies[0]) == turns
+        for name in ("obeyed", "right", "recalled"):
+            whole = getattr(together, name)[i]
+            torch.testing.assert_close(whole[:turns], getattr(alone, name)[0], equal_nan=True)
+            assert whole[turns:].isnan().all()
 
 
-def test_the_base_names_no_hobby_and_obeys_nothing_without_instruction(tiny):
-    assert gatt_eval.leak(*tiny, turns=2, n=8).mean() == 0
-    assert gatt_eval.untold(*tiny, n=2).mean() >= 0.8
+def test_adherence_of_the_models_own_dialogue(tiny):
+    """Each reply follows the one before; the probe is asked on a fork that is thrown away."""
+    plans = [plan_of(seed, turns=3, family=f) for seed, f in enumerate(("hobby", "emoji", "json"))]
+    measured = adherence_by_turn(*tiny, plans, probe_turns=[2], batch=2)
+    users = [[p.message(t, every=False) for t in range(3)] for p in plans]
+    dialogues: list[list[Message]] = [[] for _ in plans]
+    for t in range(3):
+        for messages, texts in zip(dialogues, users, strict=True):
+            messages.append(Message("user", texts[t]))
+        for messages, text in zip(dialogues, reply(*tiny, dialogues), strict=True):
+            messages.append(Message("assistant", text))
+    assert measured.replies == [[m.content for m in messages[1::2]] for messages in dialogues]
+    for plan, obeyed, texts in zip(plans, measured.obeyed, measured.replies, strict=True):
+        assert obeyed.tolist() == [plan.constraints[0].obeyed(text) for text in texts]
+    asked = measured.recalled[:, 1]
+    assert asked.isnan().tolist() == [False, False, True]  # json has no probe
+    assert measured.recalled[:, [0, 2]].isnan().all()
+    for i in (0, 1):
+        constraint = plans[i].constraints[0]
+        fork = [Message("user", users[i][0]), Message("assistant", measured.replies[i][0])]
+        fork.append(Message("user", constraint.probe.question))
+        assert asked[i] == float(constraint.recalled(reply(*tiny, [fork])[0]))
 
 
-def test_stored_histories_are_joined_over_seeds():
-    """Two seeds of two dialogues each: the mean over all four, by turn."""
-    cells = {"seen": {"family": ["hobby"] * 2, "obeyed": ["11", "10"]}}
-    records = [
-        {"arm": "gatt", "cells": cells, "neutral": rows, "competing": ["00", "00"]}
-        for rows in (["10", "10"], ["11", "01"])
+@pytest.mark.parametrize("forced", [tiny_gatt.neutral, tiny_gatt.competing])
+def test_a_forced_history_is_what_the_model_reads(tiny, forced):
+    plans = [plan_of(seed, turns=2) for seed in range(4)]
+    measured = adherence_by_turn(*tiny, plans, forced=forced)
+    histories = [
+        [
+            Message("user", p.message(0, every=False)),
+            Message("assistant", forced(p, 0)),
+            Message("user", p.message(1, every=False)),
+        ]
+        for p in plans
     ]
-    found = gatt_arms.histories(records, "gatt")
-    means = {name: curve[0].tolist() for name, curve in found.items()}
-    assert means == {
-        "own history": [1, 0.5],
-        "neutral history": [0.75, 0.5],
-        "competing history": [0, 0],
-    }
+    assert [texts[1] for texts in measured.replies] == reply(*tiny, histories)
+    plan, (mine,) = plans[0], plans[0].constraints
+    rivals = [Constraint("hobby", v) for v in values("hobby") if v != mine.value]
+    text = forced(plan, 0)
+    assert plan.right(0, text) and not mine.obeyed(text)
+    assert sum(c.obeyed(text) for c in rivals) == (forced is tiny_gatt.competing)
+
+
+def test_judged_replies_come_back_by_dialogue(tiny):
+    """One line a reply, and the tensors again; without the dialogues that have no probe."""
+    plans = [plan_of(seed, turns=2, family=f) for seed, f in enumerate(("hobby", "json"))]
+    measured = adherence_by_turn(*tiny, plans, probe_turns=[2])
+    table = tiny_gatt.judged(plans, measured).assign(split="seen", seed=3)
+    assert list(table["family"]) == ["hobby", "hobby", "json", "json"]
+    assert torch.equal(tiny_gatt.by_dialogue(table).float(), measured.obeyed)
+    assert tiny_gatt.by_dialogue(table, "recalled").tolist() == [[measured.recalled[0, 1]]]
 
 
 # Bad input
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused(tiny, tmp_path):
-    from copy import deepcopy
-
-    bare = deepcopy(tiny[1])
-    bare.chat_template = None
-    with pytest.raises(ValueError, match="no chat template: take a chat model"):
-        gatt.sample_dialogues(tiny[0], bare, [plan_of(turns=1)])
+def with_template(tokenizer, template):
+    other = deepcopy(tokenizer)
+    other.chat_template = template
+    return other
 
 
-def test_a_template_with_a_system_text_of_its_own_is_refused_and_quoted(tiny):
-    from copy import deepcopy
-
-    wordy = deepcopy(tiny[1])
-    wordy.chat_template = "<|system|>You are a helpful assistant.<|end|>" + wordy.chat_template
+def test_a_template_that_instructs_is_refused_and_quoted(tiny):
+    own = "<|system|>You are a helpful assistant.<|end|>" + tiny[1].chat_template
     with pytest.raises(ValueError, match=r"text of its own .*You are a helpful assistant"):
-        check_template(wordy)
+        check_template(with_template(tiny[1], own))
+    with pytest.raises(ValueError, match="no chat template: take a chat model"):
+        gatt.sample_dialogues(tiny[0], with_template(tiny[1], None), [plan_of(turns=1)])
     check_template(tiny[1])
-
-
-def test_the_plain_template_adds_no_word_of_its_own(tiny):
-    from copy import deepcopy
-
-    plain = deepcopy(tiny[1])
-    plain.chat_template = CHATML
+    plain = with_template(tiny[1], CHATML)
     check_template(plain)
-    rows = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
-    text = plain.apply_chat_template(rows, tokenize=False)
+    messages = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
+    text = plain.apply_chat_template(messages, tokenize=False)
     assert text == "<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\nB.<|im_end|>\n"
-    opened = plain.apply_chat_template(rows[:1], tokenize=False, add_generation_prompt=True)
-    assert opened == "<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\n"
-
-
-@pytest.mark.parametrize(
-    ("roles", "message"),
-    [
-        (["user", "user"], "messages 0 and 1 are both the user's"),
-        (["user", "assistant", "assistant"], "messages 1 and 2 are both the assistant's"),
-        (["assistant"], "no user message"),
-        ([], "no user message"),
-    ],
-)
-def test_a_dialogue_out_of_turn_is_refused(roles, message):
-    with pytest.raises(ValueError, match=message):
-        gatt.dialogue_plan([Message(role, "x") for role in roles], [CHESS], "Hobby: chess.")
-
-
-def test_a_dialogue_of_ones_own_becomes_a_plan():
-    messages = [Message("user", "A?"), Message("assistant", "B."), Message("user", "C?")]
-    plan = gatt.dialogue_plan(messages, [CHESS], "Hobby: chess.")
-    assert [q.text for q in plan.questions] == ["A?", "C?"]
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: gatt.Plan((CHESS,), " ", questions("Q?")), "the instruction is empty"),
+        (lambda: gatt.Plan((CHESS,), " ", ("Q?",)), "the instruction is empty"),
         (lambda: gatt.Plan((CHESS,), "Hobby: chess.", ()), "without a user message"),
         (
-            lambda: gatt.Plan(
-                (Constraint("json", ""), Constraint("capitals", "")), "x", questions("Q?")
-            ),
+            lambda: gatt.Plan((Constraint("json", ""), Constraint("capitals", "")), "x", ("Q?",)),
             "contradict each other",
         ),
-        (
-            lambda: gatt.sample_dialogues(None, None, [], candidates=0),
-            "candidates=0: expected at least 1",
-        ),
+        (lambda: gatt.sample_dialogues(None, None, [], candidates=0), "candidates=0: expected at"),
     ],
 )
 def test_bad_input_gets_one_line(make, message):
     with pytest.raises(ValueError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
-
-
-def test_a_model_names_its_own_values(tiny, monkeypatch):
-    monkeypatch.setattr(BatchedChat, "reply", lambda *_, **__: ["1. Chess\n2. Go", "Go, Tennis"])
-    assert gatt.own_values(*tiny, "hobbies", n=3, rounds=2) == ["Chess", "Go", "Tennis"]

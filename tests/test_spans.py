@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import ByteLevel as ByteLevelOffsets
 from tokenizers.processors import TemplateProcessing
+from torch import Tensor
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -15,9 +16,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from steerkit.chat import Message, prompt_ids
-from steerkit.spans import encode, find_span, find_spans, message_span, read_marks
-from steerkit.steering.pasta import Head, emphasise
+from steerkit.chat import Message, dialogue_ids, prompt_ids
+from steerkit.spans import encode, find_span, find_spans, find_turns, reduce_by_turn
+from steerkit.steering.key_bias import Head
+from steerkit.steering.pasta import emphasise
 
 TEXT = (
     "Reply in French.\n\nAnna likes tea, and the steak tastes of tea. Ça coûte 5 € 😀 naïve. "
@@ -108,21 +110,15 @@ def test_the_nth_occurrence_counts_from_both_ends(tokenizer: PreTrainedTokenizer
     assert find_span(tokenizer, TEXT, "tea", occurrence=-1) == spans[2]
 
 
-def test_a_message_is_its_content_without_the_template_s_marks(
+def test_a_phrase_is_looked_for_in_one_message_where_the_template_trims_it_too(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    ids = prompt_ids(tokenizer, DIALOGUE)
-    for index, message in enumerate(DIALOGUE):
-        start, end = message_span(tokenizer, DIALOGUE, index)
-        assert tokenizer.decode(ids[start:end]).strip() == message.content
-        assert (start, end) in brute_force(tokenizer, ids, message.content)
-    assert message_span(tokenizer, DIALOGUE, -1) == message_span(tokenizer, DIALOGUE, 3)
-
-
-def test_a_message_that_the_template_trims(tokenizer: PreTrainedTokenizerBase) -> None:
-    spaced = [DIALOGUE[0], Message("user", " Anna likes tea \n"), DIALOGUE[2]]
-    start, end = message_span(tokenizer, spaced, 1)
-    assert tokenizer.decode(prompt_ids(tokenizer, spaced)[start:end]).strip() == "Anna likes tea"
+    dialogue = [DIALOGUE[3], Message("user", f" {DIALOGUE[2].content} \n"), DIALOGUE[3]]
+    ids = prompt_ids(tokenizer, dialogue)
+    for index, phrase in ((0, "What does Anna like?"), (1, "Anna lives"), (2, "Anna")):
+        span = find_span(tokenizer, dialogue, phrase, message=index)
+        assert span in brute_force(tokenizer, ids, phrase)
+        assert span == find_spans(tokenizer, dialogue, phrase)[(0, 0, -1)[index]]
 
 
 def test_a_phrase_of_one_message(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -131,29 +127,6 @@ def test_a_phrase_of_one_message(tokenizer: PreTrainedTokenizerBase) -> None:
     assert find_span(tokenizer, DIALOGUE, "Reply in French.", message=-3) == second
     with pytest.raises(ValueError, match="not in the prompt"):
         find_span(tokenizer, DIALOGUE, "Reply in French.", message=3)
-
-
-def test_equal_messages_are_told_apart(tokenizer: PreTrainedTokenizerBase) -> None:
-    twice = [DIALOGUE[3], DIALOGUE[2], DIALOGUE[3]]
-    ids = prompt_ids(tokenizer, twice)
-    spans = [message_span(tokenizer, twice, index) for index in (0, 2)]
-    assert spans == brute_force(tokenizer, ids, DIALOGUE[3].content)
-
-
-def test_marks_are_stripped_and_what_they_held_is_found(tokenizer: PreTrainedTokenizerBase) -> None:
-    marked = TEXT.replace("Reply in French.", "**Reply in French.**")
-    marked = marked.replace(": tea", ": <em>tea</em>")
-    plain, spans = read_marks(tokenizer, marked)
-    assert plain == TEXT
-    found = [find_spans(tokenizer, TEXT, phrase)[-1] for phrase in ("Reply in French.", "tea")]
-    assert spans == found
-
-
-def test_marks_in_messages(tokenizer: PreTrainedTokenizerBase) -> None:
-    marked = [m._replace(content=m.content.replace("Anna", "<em>Anna</em>")) for m in DIALOGUE]
-    plain, spans = read_marks(tokenizer, marked)
-    assert plain == DIALOGUE
-    assert spans == find_spans(tokenizer, DIALOGUE, "Anna") and len(spans) == 3
 
 
 def test_a_batch_is_padded_on_the_left_and_its_spans_with_it(
@@ -179,7 +152,7 @@ def test_a_padded_batch_is_steered_as_its_rows_alone(
 ) -> None:
     model, tokenizer = tiny
     prompts = [DIALOGUE, DIALOGUE[1:2], [Message("user", "Who lives in Rome?")]]
-    spans = [[message_span(tokenizer, p, 0)] for p in prompts]
+    spans = [[find_span(tokenizer, p, p[0].content, message=0)] for p in prompts]
     new = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     heads = [Head(0, 0), Head(1, 1), Head(2, 2)]
     inputs, moved = encode(tokenizer, prompts, spans)
@@ -192,6 +165,37 @@ def test_a_padded_batch_is_steered_as_its_rows_alone(
             assert torch.equal(model.generate(**alone, **new)[0, -8:], together[row])
 
 
+# Turns
+
+
+def test_each_message_stands_where_its_text_does(tokenizer: PreTrainedTokenizerBase) -> None:
+    dialogue = [*DIALOGUE, DIALOGUE[2]]
+    ids, turns = find_turns(tokenizer, dialogue)
+    assert ids[0].tolist() == dialogue_ids(tokenizer, dialogue)
+    assert [(t.number, t.role) for t in turns] == [
+        (0, "system"), (1, "user"), (1, "assistant"), (2, "user"), (2, "assistant"),
+    ]  # fmt: skip
+    edges = [t.end for t in turns]
+    assert [t.start for t in turns] == [0, *edges[:-1]] and edges[-1] == ids.shape[1]
+    for message, turn in zip(dialogue, turns, strict=True):
+        text = tokenizer.decode(ids[0, turn.start : turn.end])
+        before, content, after = text.rpartition(message.content)
+        assert content and len(before) <= len("<|bos|><|system|>") and len(after) <= len("<|end|>")
+
+
+def test_a_reduction_by_turn_takes_each_reply_s_tokens() -> None:
+    _, turns = find_turns(embedded(), [*DIALOGUE, DIALOGUE[2]])
+    values = torch.rand(2, 3, turns[-1].end)
+    replies = [values[..., t.start : t.end] for t in turns if t.role == "assistant"]
+    means = reduce_by_turn(values, turns)
+    assert torch.equal(means, torch.stack([x.mean(-1) for x in replies], -1))
+    most = reduce_by_turn(values, turns, role="system", reduce=torch.amax)
+    assert torch.equal(most[..., 0], values[..., : turns[0].end].amax(-1))
+
+
+# Errors
+
+
 class Slow:
     is_fast = False
 
@@ -200,6 +204,19 @@ def lossy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """A template that shows the first message twice, and no other."""
     tokenizer.chat_template = "{{ messages[0]['content'] }} {{ messages[0]['content'] }}"
     return tokenizer
+
+
+def rewriting(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A template that writes another end where a message is the last one."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% if loop.last %}!{% endif %}{% endfor %}"
+    )
+    return tokenizer
+
+
+def reduced(tokenizer: PreTrainedTokenizerBase, tokens: int = 0, **options: str) -> Tensor:
+    _, turns = find_turns(tokenizer, DIALOGUE)
+    return reduce_by_turn(torch.zeros(turns[-1].end + tokens), turns, **options)
 
 
 @pytest.mark.parametrize(
@@ -212,15 +229,16 @@ def lossy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         (lambda t: find_span(t, TEXT, "  "), "is empty"),
         (lambda t: find_span(t, TEXT, "eply in Frenc"), "its tokens read ' ?Reply in French'"),
         (lambda t: find_span(t, TEXT, "tea", message=0), "expected a list of messages"),
-        (lambda t: message_span(t, DIALOGUE, 4), "message 4: .* one of 4"),
-        (lambda t: message_span(lossy(embedded()), DIALOGUE, 0), "message 0: the chat template"),
-        (lambda t: read_marks(t, TEXT), "no marks in .*<em>"),
-        (lambda t: read_marks(t, "one ** two"), r"'\*\*' without a partner"),
-        (lambda t: read_marks(t, "**a** b</em>"), "'</em>' without a partner"),
-        (lambda t: read_marks(t, "a <em>b <em>c</em>"), "'<em>' without a partner"),
-        (lambda t: read_marks(t, "**a** ****"), "empty"),
-        (lambda t: read_marks(t, "R**eply** now"), "'eply' does not end where tokens end"),
+        (lambda t: find_span(t, DIALOGUE, "tea", message=4), "message 4: .* one of 4"),
+        (
+            lambda t: find_span(lossy(embedded()), DIALOGUE, "tea", message=0),
+            "message 0: the chat template",
+        ),
         (lambda t: encode(t, [TEXT], []), "1 prompts, spans for 0"),
+        (lambda t: find_turns(t, []), "no messages"),
+        (lambda t: find_turns(rewriting(t), DIALOGUE), "rewrites the end of message 0"),
+        (lambda t: reduced(t, role="tool"), "'tool'.*assist"),
+        (lambda t: reduced(t, tokens=1), "different texts"),
         (lambda t: find_span(Slow(), TEXT, "tea"), "Slow does not say .* fast tokenizer"),
     ],
 )

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steerkit.attention.maps import attention_map, attention_received, span_share
 from steerkit.chat import Message, prompt_ids, reply
-from steerkit.spans import find_turns, read_marks
+from steerkit.spans import find_span, find_turns
 from steerkit.steering.pasta import emphasise
 from steerkit.viz import widgets
 from steerkit.viz.widgets import explore, explore_attention, explore_steering, explore_streaming
@@ -47,13 +47,12 @@ class Screen:
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
     screen = Screen()
-    monkeypatch.setattr(widgets, "get_ipython", object)
     monkeypatch.setattr(widgets, "display", screen.display)
     return screen
 
 
 def test_the_page_is_drawn_at_once_and_again_with_each_change(screen: Screen) -> None:
-    explore(lambda x: f"drawn {x}", {"x": ipywidgets.IntSlider(3, description="x")})
+    explore(lambda x: f"drawn {x}", {"x": ipywidgets.IntSlider(3)})
     assert screen.pages == ["drawn 3"]
     screen.controls["x"].value = 5
     assert screen.pages == ["drawn 3", "drawn 5"]
@@ -68,7 +67,7 @@ def test_an_error_is_shown_escaped_closes_its_figure_and_goes_with_the_next_page
             raise ValueError("x=1: <b>expected</b> another")
         return "fine"
 
-    explore(draw, {"x": ipywidgets.IntSlider(0, description="x")})
+    explore(draw, {"x": ipywidgets.IntSlider(0)})
     screen.controls["x"].value = 1
     assert "ValueError: x=1: &lt;b&gt;expected" in screen.pages[-1]
     assert 'role="alert"' in screen.pages[-1] and plt.get_fignums() == []
@@ -76,15 +75,9 @@ def test_an_error_is_shown_escaped_closes_its_figure_and_goes_with_the_next_page
     assert screen.pages[-1] == "fine"
 
 
-def test_sliders_wait_until_the_hand_rests(tiny: Tiny, screen: Screen) -> None:
-    explore_attention(*tiny, TALK, bins=12)
-    sliders = [c for c in screen.controls.values() if hasattr(c, "continuous_update")]
-    assert len(sliders) == 2 and not any(slider.continuous_update for slider in sliders)
-
-
-def test_without_a_notebook_there_is_one_clear_error() -> None:
-    with pytest.raises(ValueError, match="no notebook to show this in"):
-        explore(lambda: "", {})
+def test_nothing_is_drawn_while_a_slider_moves(screen: Screen) -> None:
+    explore(lambda x: "", {"x": ipywidgets.IntSlider()})
+    assert screen.controls["x"].continuous_update is False
 
 
 def test_attention_explorer_draws_map_and_tokens_and_follows_its_controls(
@@ -94,7 +87,7 @@ def test_attention_explorer_draws_map_and_tokens_and_follows_its_controls(
     first = screen.pages[0]
     assert "data:image/webp;base64," in first and "<pilot>" not in first
     assert "from the reply of turn 2" in first
-    changes = {"layer": "1", "head": "2", "turn": 1, "reduce": "mean", "skip first": 3}
+    changes = {"layer": "1", "head": "2", "turn": 1, "reduce": "mean", "skip": 3}
     for name, value in changes.items():
         screen.controls[name].value = value
     assert len(set(screen.pages)) == 6 and not any("alert" in page for page in screen.pages)
@@ -111,7 +104,7 @@ def test_attention_explorer_shows_the_numbers_its_controls_ask_for(
     monkeypatch.setattr(widgets, "picture", lambda fig, **_: figures.append(fig) or "")
     talk = [*TALK[:2], Message("user", "Hm."), Message("user", "Who?"), TALK[3]]
     explore_attention(*tiny, talk, bins=12)
-    changes = {"layer": "1", "head": "2", "reduce": "mean", "skip first": 3, "turn": 2}
+    changes = {"layer": "1", "head": "2", "reduce": "mean", "skip": 3, "turn": 2}
     for name, value in changes.items():
         screen.controls[name].value = value  # turn 2 has no reply: the nearest is that of turn 1
 
@@ -134,10 +127,12 @@ def test_steering_explorer_shows_both_replies_and_the_share_it_raised(
     tiny: Tiny, screen: Screen
 ) -> None:
     model, tokenizer = tiny
-    text = "**Language: French.** Hobby: chess. Where does Ivan Garner live?"
+    text = "Language: French. Hobby: chess. Where does Ivan Garner live?"
+    phrase = "Language: French."
     sets = {"all": [(layer, h) for layer in range(6) for h in range(6)], "one": [(3, 0)]}
-    explore_steering(model, tokenizer, text, sets)
-    messages, spans = read_marks(tokenizer, [Message("user", text)])
+    explore_steering(model, tokenizer, text, phrase, sets)
+    messages = [Message("user", text)]
+    spans = [find_span(tokenizer, messages, phrase)]
     ids = torch.tensor([prompt_ids(tokenizer, messages)])
     (plain,) = reply(model, tokenizer, [messages], max_new_tokens=48)
     share = span_share(model, ids, spans)[..., -1].mean().item()
@@ -155,8 +150,8 @@ def test_steering_explorer_shows_both_replies_and_the_share_it_raised(
     screen.controls["alpha"].value = 1  # the identity
     same = screen.pages[-1]
     assert same.count(f"{share:.3f} of attention") == 2 and same.count(html.escape(plain)) == 2
-    screen.controls["message"].value = "nothing marked"
-    assert "ValueError: no marks" in screen.pages[-1]
+    screen.controls["phrase"].value = "Hobby: tennis."
+    assert "ValueError: " in screen.pages[-1] and "is not in the prompt" in screen.pages[-1]
     assert "<td>&lt;b&gt;</td>" in widgets._side_by_side({"plain": ("<b>", 0.5)})
 
 
@@ -179,7 +174,7 @@ def test_streaming_explorer_draws_each_setting_and_measures_dense_once(
     ("call", "message"),
     [
         (lambda tiny: explore_attention(*tiny, TALK[:1]), "no reply to look from"),
-        (lambda tiny: explore_steering(*tiny, "**x** y", {"empty": []}), "no heads"),
+        (lambda tiny: explore_steering(*tiny, "x y", "x", {"empty": []}), "no heads"),
         (lambda tiny: explore_streaming(tiny[0], torch.ones(1, 79).long()), r"\(1, 79\).*80"),
     ],
 )

@@ -19,11 +19,12 @@ import torch
 from acceptance import english_perplexity, facts
 from torch import Tensor
 
-from steerkit.chat import Message, chat_batch, dialogue_ids, prompt_ids, reply
+from steerkit.chat import Message, dialogue_ids, prompt_ids, reply
 from steerkit.constraints import FAMILIES, Constraint, values
 from steerkit.files import DATA, write_bytes, write_json, write_text
 from steerkit.gatt.dialogues import (
     Model,
+    Plan,
     Row,
     Sample,
     Tokenizer,
@@ -149,13 +150,11 @@ def leak(
     Half of the messages ask for a fact, half for a sentence about her or him to be repeated.
     """
     rng, kinds = random.Random(f"leak {seed}"), (fact_question, repeat_question)
-    users = [[rng.choice(kinds)(rng).text for _ in range(turns)] for _ in range(n)]
+    plans = [Plan((), "", tuple(rng.choice(kinds)(rng) for _ in range(turns))) for _ in range(n)]
     every = [Constraint(f, v) for f in FAMILIES for v in values(f)]
+    replies = adherence_by_turn(model, tokenizer, plans).replies
     return torch.tensor(
-        [
-            [float(any(c.obeyed(text) for c in every)) for text in replies]
-            for replies in chat_batch(model, tokenizer, users)
-        ]
+        [[float(any(c.obeyed(text) for c in every)) for text in texts] for texts in replies]
     )
 
 

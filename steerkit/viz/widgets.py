@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import ipywidgets
 import matplotlib.pyplot as plt
 import torch
-from IPython import get_ipython
 from IPython.display import HTML, display
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from steerkit.attention.maps import attention_map, attention_received, span_share
 from steerkit.attention.record import layer_and_head_counts
 from steerkit.chat import Message, check_ids, prompt_ids, reply
-from steerkit.spans import find_turns, read_marks
+from steerkit.spans import find_span, find_turns
 from steerkit.steering.pasta import emphasise
 from steerkit.streaming.losses import token_losses
 from steerkit.viz.html import attention_page, token_texts
-from steerkit.viz.plots import COLOURS, binned_text, curves, dialogue_map, picture
+from steerkit.viz.plots import COLOURS, binned_text, curves, heat_map, mark_turns, picture
 
 
 def explore(draw: Callable[..., str], controls: Mapping[str, ipywidgets.Widget]) -> None:
@@ -32,11 +31,6 @@ def explore(draw: Callable[..., str], controls: Mapping[str, ipywidgets.Widget])
     """
     # One display that is updated, and no Output widget of `interactive_output`: that draws a second
     # page beside the stored one, and nbval fails on its messages.
-    if get_ipython() is None:
-        raise ValueError(
-            "no notebook to show this in: call it in Jupyter, or use steerkit.attention.maps and "
-            "steerkit.viz.plots in a script"
-        )
 
     def drawn() -> str:
         return draw(**{name: control.value for name, control in controls.items()})
@@ -50,7 +44,9 @@ def explore(draw: Callable[..., str], controls: Mapping[str, ipywidgets.Widget])
             page.update(HTML(f'<p role="alert" style="color:#8C3A00"><b>{words}</b></p>'))
 
     page = display(HTML(drawn()), display_id=True)
-    for control in controls.values():
+    for name, control in controls.items():
+        control.description = name
+        control.continuous_update = False  # draw when a slider is let go, not while it moves
         control.observe(redraw, "value")
     display(ipywidgets.VBox(list(controls.values())))
 
@@ -83,7 +79,7 @@ def explore_attention(
 
         fig, ax = plt.subplots(figsize=(8.5, 6.2))
         weights = attention_map(model, ids, bins=bins, skip=skip, **chosen)
-        dialogue_map(ax, weights, turns, texts=binned_text(texts, bins))
+        mark_turns(heat_map(ax, weights), turns, binned_text(texts, bins))
         low, high = (query * bins / len(texts) - 0.5 for query in queries)
         ax.axhspan(low, high, fill=False, edgecolor=COLOURS[5], linewidth=1.5)
 
@@ -99,11 +95,11 @@ def explore_attention(
 
     last = max(replies)
     controls = {
-        "layer": _choice("layer", ["all", *map(str, range(L))]),
-        "head": _choice("head", ["all", *map(str, range(H))]),
-        "turn": _slider("turn", last, min(replies), last),
-        "reduce": _choice("reduce", ["max", "mean"]),
-        "skip": _slider("skip first", 1, 0, min(16, ids.shape[1] - 1)),
+        "layer": ipywidgets.Dropdown(options=["all", *map(str, range(L))]),
+        "head": ipywidgets.Dropdown(options=["all", *map(str, range(H))]),
+        "turn": ipywidgets.IntSlider(last, min=min(replies), max=last),
+        "reduce": ipywidgets.Dropdown(options=["max", "mean"]),
+        "skip": ipywidgets.IntSlider(1, min=0, max=min(16, ids.shape[1] - 1)),
     }
     explore(draw, controls)
 
@@ -112,22 +108,24 @@ def explore_steering(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
+    phrase: str,
     head_sets: Mapping[str, Iterable[tuple[int, int]]],
     *,
     max_new_tokens: int = 48,
 ) -> None:
     """Plain and steered replies to one user message, side by side.
 
-    Controls: the message with **marks** around what to emphasise, alpha, and one of the named
-    `head_sets`. Under each reply stands the share of attention that the marked words get when it
-    begins, mean over the chosen heads.
+    Controls: the message, the phrase in it to emphasise, alpha, and one of the named `head_sets`.
+    Under each reply stands the share of attention that the phrase gets when the reply begins, mean
+    over the chosen heads.
     """
     sets = {name: [tuple(head) for head in heads] for name, heads in head_sets.items()}
     if not sets or not all(sets.values()):
         raise ValueError("no heads to steer: give at least one named set with a head in it")
 
-    def draw(prompt: str, alpha: float, heads: str) -> str:
-        messages, spans = read_marks(tokenizer, [Message("user", prompt)])
+    def draw(prompt: str, phrase: str, alpha: float, heads: str) -> str:
+        messages = [Message("user", prompt)]
+        spans = [find_span(tokenizer, messages, phrase)]
         ids = torch.tensor([prompt_ids(tokenizer, messages)]).to(model.device)
 
         def share() -> float:
@@ -141,16 +139,13 @@ def explore_steering(
             columns[f"steered, alpha {alpha:.3g}"] = (steered, share())
         return _side_by_side(columns)
 
-    message = ipywidgets.Textarea(
-        prompt,
-        description="message",
-        layout=ipywidgets.Layout(width="95%", height="5em"),
-        continuous_update=False,
-    )
-    alpha = ipywidgets.FloatLogSlider(
-        0.01, min=-4, max=0, step=0.25, description="alpha", continuous_update=False
-    )
-    explore(draw, {"prompt": message, "alpha": alpha, "heads": _choice("heads", list(sets))})
+    controls = {
+        "prompt": ipywidgets.Textarea(prompt, layout={"width": "95%", "height": "5em"}),
+        "phrase": ipywidgets.Text(phrase),
+        "alpha": ipywidgets.FloatLogSlider(0.01, min=-4, max=0, step=0.25),
+        "heads": ipywidgets.Dropdown(options=list(sets)),
+    }
+    explore(draw, controls)
 
 
 def _side_by_side(columns: Mapping[str, tuple[str, float]]) -> str:
@@ -188,15 +183,7 @@ def explore_streaming(
         return picture(fig, caption=caption, alt=f"Loss by position in the stream: {nats}.")
 
     controls = {
-        "sinks": _slider("sinks", sinks, 0, 16),
-        "window": _slider("window", window, 8, max(window, 256)),
+        "sinks": ipywidgets.IntSlider(sinks, min=0, max=16),
+        "window": ipywidgets.IntSlider(window, min=8, max=max(window, 256)),
     }
     explore(draw, controls)
-
-
-def _choice(name: str, options: Sequence[str]) -> ipywidgets.Dropdown:
-    return ipywidgets.Dropdown(options=options, description=name)
-
-
-def _slider(name: str, value: int, low: int, high: int) -> ipywidgets.IntSlider:
-    return ipywidgets.IntSlider(value, min=low, max=high, description=name, continuous_update=False)
