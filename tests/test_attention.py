@@ -92,18 +92,6 @@ def test_every_configured_architecture_is_either_served_or_refused() -> None:
     assert set(CONFIGS) == {*SERVED, *REFUSED}
 
 
-def test_learned_sinks_and_soft_caps_never_reach_sdpa_silently(llama: PreTrainedModel) -> None:
-    module = attention_modules(llama)[0]
-    q = torch.zeros(1, 4, 3, 8)
-    from transformers import AttentionInterface
-
-    function = AttentionInterface()["steerkit"]
-    with pytest.raises(ValueError, match="learned sinks"):
-        function(module, q, q[:, :2], q[:, :2], None, s_aux=torch.zeros(4))
-    with pytest.raises(ValueError, match="softcap"):
-        function(module, q, q[:, :2], q[:, :2], None, softcap=50.0)
-
-
 @torch.no_grad()
 def test_nothing_attached_goes_straight_to_stock(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch

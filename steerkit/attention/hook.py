@@ -96,10 +96,6 @@ def steerkit_attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer -> (output (B,Q,H,D), None for the weights)."""
-    if options.get("s_aux") is not None:
-        raise ValueError(
-            f"{type(module).__name__} has learned sinks (s_aux), which SDPA would drop silently"
-        )
     state = module.__dict__
     if _EDIT not in state and _ZERO_SINK not in state and _RECORDER not in state:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)

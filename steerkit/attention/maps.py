@@ -159,20 +159,19 @@ def attention_received(
     if not 0 <= start < end <= ids.shape[1]:
         raise ValueError(f"queries [{start}, {end}): expected 0 <= start < end <= {ids.shape[1]}")
     chosen = _heads_by_layer(model, heads)
-    received = torch.zeros(ids.shape[1])
+    received = []
 
     def record(chunk: WeightChunk) -> None:
         first, last = (max(0, query - chunk.start) for query in queries)
         weights = chunk.weights[0, chosen[chunk.layer], first:last]  # (heads,q,K)
-        if weights.shape[1] and reduce == "max":
-            torch.maximum(received, weights.amax((0, 1)).cpu(), out=received)
-        elif weights.shape[1]:
-            received.add_(weights.sum((0, 1)).cpu())
+        if weights.shape[1]:
+            over_queries = weights.amax((0, 1)) if reduce == "max" else weights.sum((0, 1))
+            received.append(over_queries.cpu())
 
     record_weights(model, ids, record, layers=chosen)
     if reduce == "max":
-        return received
-    return received / ((end - start) * sum(map(len, chosen.values())))
+        return torch.stack(received).amax(0)
+    return torch.stack(received).sum(0) / ((end - start) * sum(map(len, chosen.values())))
 
 
 # What comes in

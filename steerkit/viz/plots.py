@@ -122,28 +122,26 @@ def difference_map(
     return ax
 
 
-def dialogue_map(
-    ax: Axes,
-    weights: Any,
-    turns: Sequence[Turn],
-    *,
-    draw: Callable[..., Axes] = heat_map,
-    texts: Sequence[str] | None = None,
-    vmax: float | None = None,
-    bar: str | None = "attention weight",
-) -> Axes:
-    """A binned map (bins, bins) of a dialogue: lines where its turns begin, numbers beside them.
+def mark_turns(ax: Axes, turns: Sequence[Turn], texts: Sequence[str] = ()) -> Axes:
+    """Mark a dialogue's turns on its map (bins, bins): lines where they begin, and their numbers.
 
-    `draw` is `heat_map`, or `difference_map` for two dialogues' difference. `texts` (bins,), as
-    `binned_text` makes them, are written down the left side; give the figure about 0.11 inches of
-    height for each.
+    `ax` holds what `heat_map` or `difference_map` drew. `texts` (bins,), as `binned_text` makes
+    them, are written down the left side; give the figure about 0.11 inches of height for each.
     """
-    w = _matrix(weights, "(bins, bins), as attention_map makes it")
-    draw(ax, w, vmax=vmax, bar=bar)
-    _draw_turns(ax, turns, len(w))
-    ax.set(xlabel="turn of the key", ylabel="turn of the query")
-    if texts is not None:
-        _text_strip(ax, texts)
+    bins = len(ax.images[0].get_array())
+    starts = {turn.number: turn.start * bins / turns[-1].end - 0.5 for turn in reversed(turns)}
+    numbered = sorted(starts)[:: -(-len(starts) // 12)]  # of many turns about a dozen
+    lines = [starts[number] for number in numbered]
+    for at in lines:
+        for line in (ax.axvline, ax.axhline):
+            line(at, color="0.5", linewidth=0.5, linestyle="-", marker="")
+    ax.set(xlabel="turn of the key", ylabel="" if texts else "turn of the query")
+    ax.set_xticks(lines, numbered)
+    ax.set_yticks(lines, numbered)
+    beside = {"textcoords": "offset points", "ha": "right", "va": "center"}
+    for row, text in enumerate(texts):
+        at = {"xy": (0, row), "xytext": (-22, 0), "xycoords": ("axes fraction", "data")}
+        ax.annotate(text.replace("$", r"\$"), fontsize=5.5, family="monospace", **at, **beside)
     return ax
 
 
@@ -152,29 +150,6 @@ def binned_text(tokens: Sequence[str], bins: int, *, width: int = 30) -> list[st
     spans = pairwise(bin_edges(len(tokens), bins))
     texts = [" ".join("".join(tokens[start:end]).split()) for start, end in spans]
     return [text if len(text) <= width else text[: width - 1] + "…" for text in texts]
-
-
-def _draw_turns(ax: Axes, turns: Sequence[Turn], bins: int) -> None:
-    """Lines and tick numbers for the turns of a dialogue; of many turns a dozen are numbered."""
-    scale = bins / turns[-1].end
-    starts = {turn.number: turn.start for turn in reversed(turns)}
-    ends = {turn.number: turn.end for turn in turns}
-    numbered = sorted(starts)[:: -(-len(starts) // 12)]
-    for number in starts if len(starts) <= 30 else numbered:
-        for line in (ax.axvline, ax.axhline):
-            line(starts[number] * scale - 0.5, color="0.5", linewidth=0.5, linestyle="-", marker="")
-    middles = [(starts[n] + ends[n]) / 2 * scale - 0.5 for n in numbered]
-    ax.set_xticks(middles, numbered)
-    ax.set_yticks(middles, numbered)
-    ax.tick_params(length=0)
-
-
-def _text_strip(ax: Axes, texts: Sequence[str]) -> None:
-    beside = {"textcoords": "offset points", "ha": "right", "va": "center"}
-    for row, text in enumerate(texts):
-        at = {"xy": (0, row), "xytext": (-22, 0), "xycoords": ("axes fraction", "data")}
-        ax.annotate(text.replace("$", r"\$"), fontsize=5.5, family="monospace", **at, **beside)
-    ax.set_ylabel("")
 
 
 # Heads
@@ -207,11 +182,10 @@ def head_grid(
 def head_overlap(ax: Axes, sets: Mapping[str, Iterable[tuple[int, int]]], *, heads: int) -> Axes:
     """How many heads two sets share, and, in brackets, how many would by chance: |A| |B| / heads.
 
-    `heads` is the number of heads of the model. Colour is the shared part of the smaller set.
+    `heads` is the number of heads of the model; no set is empty. Colour is the shared part of the
+    smaller set.
     """
     names, groups = list(sets), [set(map(tuple, group)) for group in sets.values()]
-    if not all(groups):
-        raise ValueError(f"set {names[groups.index(set())]!r} has no head: leave it out")
     shared = np.array([[len(a & b) for b in groups] for a in groups])
     smaller = np.array([[min(len(a), len(b)) for b in groups] for a in groups])
 
@@ -274,12 +248,9 @@ def curves(
     """
     x = np.asarray(x)
     for name, y in ys.items():
-        y = np.asarray(y, dtype=float)
-        if y.shape != x.shape:
-            raise ValueError(f"curve {name!r} has shape {y.shape}, x has {x.shape}")
         back = {"color": "0.6", "linewidth": 1, "zorder": 1} if name in grey else {}
         every = 1 if len(x) <= 40 else len(x) // 12
-        (line,) = ax.plot(x, y, label=name, markevery=every, **back)
+        (line,) = ax.plot(x, np.asarray(y, dtype=float), label=name, markevery=every, **back)
         if bands and name in bands:
             low, high = (np.asarray(b, dtype=float) for b in bands[name])
             ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -339,9 +310,7 @@ def ablation(
 
     A thin line goes down from the condition `reference`, which the others are compared with.
     """
-    for y, (name, (mean, low, high)) in enumerate(rows.items()):
-        if not low <= mean <= high:
-            raise ValueError(f"{name!r}: expected low <= mean <= high, got {low, mean, high}")
+    for y, (mean, low, high) in enumerate(rows.values()):
         colour, marker = COLOURS[y % len(COLOURS)], MARKERS[y % len(MARKERS)]
         ax.plot([low, high], [y, y], color=colour, linestyle="-", marker="|", markersize=8)
         ax.plot(mean, y, color=colour, marker=marker, markersize=8)
