@@ -1,0 +1,19 @@
+"""Each name that steerkit exports has an example in its docstring, and the example runs."""
+
+import doctest
+
+import pytest
+
+import steerkit
+
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+@pytest.mark.parametrize("name", steerkit.__all__)
+def test_the_example_of_each_exported_name_runs(name: str) -> None:
+    thing = getattr(steerkit, name)
+    examples = doctest.DocTestParser().get_doctest(thing.__doc__, {}, name, None, None)
+    assert examples.examples, f"steerkit.{name} has no example: add `>>> ...` to its docstring"
+    report: list[str] = []
+    failed = doctest.DocTestRunner(optionflags=OPTIONS).run(examples, out=report.append).failed
+    assert failed == 0, "".join(report)
