@@ -201,7 +201,8 @@ def stripped(notebook: NotebookNode) -> str:
 
 
 def _is_progress(output: NotebookNode) -> bool:
-    """Widget views, and tqdm's bars on stderr."""
+    """Widget views; tqdm's bars on stderr, and the spaces with which a bar wipes itself out."""
     if output.output_type == "stream":
-        return output.name == "stderr" and re.search(r"\d+%\||\dit \[", output.text) is not None
+        bar = re.search(r"\d+%\||\dit \[", output.text) or not output.text.strip()
+        return output.name == "stderr" and bool(bar)
     return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
