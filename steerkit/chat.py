@@ -42,19 +42,17 @@ Prompt = str | Dialogue
 
 def as_messages(dialogue: Dialogue) -> list[Message]:
     """The messages of a dialogue, which may also be dicts {"role": ..., "content": ...}."""
-    if isinstance(dialogue, (str, Message, Mapping)):
-        raise ValueError(f"{dialogue!r} is no dialogue: give a list of messages")
-    if not dialogue:
-        raise ValueError("no messages: give at least one")
-    messages = []
-    for message in dialogue:
-        if isinstance(message, Mapping) and {"role", "content"} <= set(message):
-            message = Message(message["role"], message["content"])
-        if not isinstance(message, Message):
-            raise ValueError(
-                f"{message!r} is no message: give Message(role, content), or a dict with both"
-            )
-        messages.append(message)
+    try:
+        messages = [
+            m if isinstance(m, Message) else Message(m["role"], m["content"]) for m in dialogue
+        ]
+    except (TypeError, KeyError):  # texts, or one message instead of a list
+        messages = []
+    if not messages:
+        raise ValueError(
+            f"{dialogue!r}: expected at least one message, in a list of Message(role, content) or "
+            "of dicts with both"
+        )
     return messages
 
 
@@ -127,14 +125,11 @@ def check_ids(model: Model, ids: Tensor, *, tokens: int = 2, one_text: bool = Fa
 
     T must be `tokens` or more, and B = 1 if `one_text`.
     """
-    if not isinstance(ids, Tensor):
-        raise ValueError(f"ids are a {type(ids).__name__}: expected a tensor of token ids (B, T)")
-    if ids.ndim != 2:
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        kind = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(
-            f"ids of shape {tuple(ids.shape)}: expected (B, T); add the batch axis with ids[None]"
+            f"ids are {kind}: expected a tensor (B, T) of integer token ids; one text is ids[None]"
         )
-    if ids.is_floating_point() or ids.is_complex():
-        raise ValueError(f"ids of type {ids.dtype}: expected integer token ids")
     if len(ids) < 1 or ids.shape[1] < tokens or (one_text and len(ids) > 1):
         texts = "one text" if one_text else "texts"
         raise ValueError(
@@ -214,9 +209,9 @@ def reply(
     """
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     replies = [""] * len(ids)
-    for some in batches(tokenizer, ids, batch):
-        inputs = some.inputs.to(model.device)
-        with steer(some) if steer else nullcontext():
+    for padded in batches(tokenizer, ids, batch):
+        inputs = padded.inputs.to(model.device)
+        with steer(padded) if steer else nullcontext():
             out = model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
@@ -225,7 +220,7 @@ def reply(
             )
         new = out[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-        for i, text in zip(some.indices, texts, strict=True):
+        for i, text in zip(padded.indices, texts, strict=True):
             replies[i] = text
     return replies
 

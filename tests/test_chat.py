@@ -51,18 +51,20 @@ def test_the_pieces_of_a_template_lie_around_the_contents(tiny):
 
 
 @pytest.mark.parametrize(
-    ("dialogue", "message"),
+    "dialogue",
     [
-        ("Hi.", "'Hi.' is no dialogue"),
-        (Message("user", "Hi."), "is no dialogue: give a list"),
-        ([], "no messages: give at least one"),
-        ([{"role": "user"}], "is no message: give Message"),
-        (["Hi."], "'Hi.' is no message"),
+        "Hi.",
+        Message("user", "Hi."),
+        {"role": "user", "content": "Hi."},
+        [],
+        [{"role": "user"}],
+        ["Hi."],
     ],
 )
-def test_what_is_no_dialogue_is_named(dialogue, message):
-    with pytest.raises(ValueError, match=message):
+def test_what_is_no_dialogue_is_named(dialogue):
+    with pytest.raises(ValueError, match="expected at least one message, in a list") as caught:
         as_messages(dialogue)
+    assert str(caught.value).startswith(repr(dialogue))
 
 
 # Replies

@@ -235,7 +235,7 @@ def reduced(tokenizer: PreTrainedTokenizerBase, tokens: int = 0, **options: str)
             "message 0: the chat template",
         ),
         (lambda t: encode(t, [TEXT], []), "1 prompts, spans for 0"),
-        (lambda t: find_turns(t, []), "no messages"),
+        (lambda t: find_turns(t, []), "at least one message"),
         (lambda t: find_turns(rewriting(t), DIALOGUE), "rewrites the end of message 0"),
         (lambda t: reduced(t, role="tool"), "'tool'.*assist"),
         (lambda t: reduced(t, tokens=1), "different texts"),
