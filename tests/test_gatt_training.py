@@ -1,4 +1,4 @@
-"""The training of GAtt: which tokens carry loss, what a kill costs, two processes, bad input."""
+"""The training of GAtt: which tokens carry loss, a kill, two processes, what is refused."""
 
 import json
 import os
@@ -13,21 +13,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from gatt_results import fingerprint
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.trainer_utils import get_last_checkpoint
 
 import steerkit
 from steerkit.attention.maps import attention_map
-from steerkit.chat import CHATML, dialogue_ids, prompt_ids
+from steerkit.chat import CHATML, Message, dialogue_ids, prompt_ids
 from steerkit.constraints import FAMILIES
-from steerkit.files import ROOT
+from steerkit.files import DATA, data_file
 from steerkit.gatt import dialogues as gatt
-from steerkit.gatt import evaluation as gatt_eval
-from steerkit.gatt import training as gatt_training
+from steerkit.gatt import training
+from steerkit.gatt.evaluation import adherence_by_turn
 from steerkit.gatt.training import IGNORED, Settings, check_rows, make_trainer, train
-from steerkit.lab import runner
-from steerkit.tiny import gatt as gatt_arms
-from steerkit.tiny import world
+from steerkit.lab import cli
+from steerkit.tiny import gatt as tiny_gatt
+from steerkit.tiny.world import answer
 
 SMALL = Settings(steps=4, batch=2, warmup=1, rank=4, save_every=2, lr=1e-2)
 
@@ -45,20 +47,22 @@ def small_model(tokenizer, seed=0):
 
 def samples(n=8, turns=5):
     """Dialogues as if sampled: plans of all families, replies of the tiny world."""
-    found = []
+    dialogues = []
     for i in range(n):
         rng = random.Random(i)
-        given = gatt.draw(rng, families=[FAMILIES[i % len(FAMILIES)]])
-        plan = gatt.make_plan(rng, given, turns=turns)
-        replies = tuple(
-            world.answer(q.subject, q.attribute, q.value, given) for q in plan.questions
-        )
-        assert all(plan.good(t, r) for t, r in enumerate(replies))
-        found.append(gatt.Sample(plan, replies, (True,) * turns))
-    return found
+        constraints = tiny_gatt.draw_constraints(rng, families=[FAMILIES[i % len(FAMILIES)]])
+        plan = tiny_gatt.make_plan(rng, constraints, turns=turns)
+        replies = [answer(q.subject, q.attribute, q.value, constraints) for q in plan.questions]
+        assert all(plan.verified(t, text) for t, text in enumerate(replies))
+        dialogues.append(gatt.Sample(plan, tuple(replies), (True,) * turns))
+    return dialogues
 
 
 ROWS = gatt.make_rows(samples(), per_dialogue=2)
+
+
+def messages_of(*parts):
+    return [Message(**message) for part in parts for message in part]
 
 
 def test_only_the_last_reply_carries_loss_in_every_row(tiny, tmp_path):
@@ -66,13 +70,11 @@ def test_only_the_last_reply_carries_loss_in_every_row(tiny, tmp_path):
     rows = gatt.make_rows(samples(24), per_dialogue=3)
     trainer = make_trainer(small_model(tiny[1]), tiny[1], rows, out=tmp_path, settings=SMALL)
     assert len(trainer.train_dataset) == len(rows) == 72
-    found = {tuple(row["input_ids"]): row["labels"] for row in trainer.train_dataset}
+    tokenised = {tuple(row["input_ids"]): row["labels"] for row in trainer.train_dataset}
     for row in rows:
-        before = prompt_ids(tiny[1], [gatt.Message(**m) for m in row["prompt"]])
-        whole = dialogue_ids(
-            tiny[1], [gatt.Message(**m) for m in row["prompt"] + row["completion"]]
-        )
-        labels = found[tuple(whole)]  # the row is there, and whole
+        before = prompt_ids(tiny[1], messages_of(row["prompt"]))
+        whole = dialogue_ids(tiny[1], messages_of(row["prompt"], row["completion"]))
+        labels = tokenised[tuple(whole)]  # the row is there, and whole
         assert labels == [IGNORED] * len(before) + whole[len(before) :]
         text = tiny[1].decode(labels[len(before) :], skip_special_tokens=True)
         assert text == row["completion"][0]["content"]
@@ -82,22 +84,16 @@ def test_the_other_arm_supervises_every_assistant_turn_and_nothing_else(tiny, tm
     rows = gatt.make_all_turns_rows(ROWS)
     trainer = make_trainer(small_model(tiny[1]), tiny[1], rows, out=tmp_path, settings=SMALL)
     for row in trainer.train_dataset:
-        kept = [
-            i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED
-        ]
-        said = tiny[1].decode(kept).split("<|end|>")[:-1]
+        pairs = zip(row["input_ids"], row["labels"], strict=True)
+        supervised = tiny[1].decode([i for i, label in pairs if label != IGNORED])
         texts = tiny[1].decode(row["input_ids"]).split("<|assistant|>")[1:]
-        assert said == [text.split("<|end|>")[0] for text in texts]
+        assert supervised.split("<|end|>")[:-1] == [text.split("<|end|>")[0] for text in texts]
 
 
-def test_a_row_that_is_too_long_is_an_error_and_not_cut(tiny, tmp_path):
+def test_a_row_that_is_cut_dropped_or_silent_is_an_error(tiny, tmp_path):
     settings = replace(SMALL, max_length=64)
-    with pytest.raises(ValueError, match=r"max_length is 64: the end would be cut off") as caught:
+    with pytest.raises(ValueError, match=r"max_length is 64: the end would be cut off"):
         train(small_model(tiny[1]), tiny[1], ROWS, out=tmp_path, settings=settings)
-    assert "\n" not in str(caught.value)
-
-
-def test_rows_that_vanish_or_carry_no_loss_are_errors():
     row = {"input_ids": [1, 2], "labels": [IGNORED, 2]}
     check_rows([row, row], ROWS[:2], 2)
     with pytest.raises(ValueError, match="1 of 2 rows were dropped"):
@@ -108,18 +104,31 @@ def test_rows_that_vanish_or_carry_no_loss_are_errors():
         make_trainer(None, None, [], out=Path(), settings=SMALL)
 
 
-def test_lora_changes_the_model_and_the_saved_adapter_gives_the_same(tiny, tmp_path):
-    """`load(DIR)` = base + merged adapter, by the base's directory; the base alone differs."""
-    base, tokenizer = small_model(tiny[1]), tiny[1]
-    base.save_pretrained(tmp_path / "base")
+def test_a_model_trained_twice_is_what_its_folder_loads_as(tiny, tmp_path):
+    """The same folder again is refused; another one holds an adapter of the trained model."""
+    tokenizer, ids = tiny[1], torch.tensor([prompt_ids(tiny[1], messages_of(ROWS[0]["prompt"]))])
+    small_model(tokenizer).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     model, _ = steerkit.load(tmp_path / "base", device="cpu")
-    trained, log = train(model, tokenizer, ROWS, out=tmp_path / "run", settings=SMALL)
-    assert len(log) == 4 and not any("lora" in name for name, _ in trained.named_parameters())
-    ids = torch.tensor([dialogue_ids(tokenizer, [gatt.Message("user", "Hobby: chess.")])])
-    again, _ = steerkit.load(tmp_path / "run", device="cpu")
-    assert torch.allclose(again(ids).logits, trained(ids).logits, atol=1e-5)
-    assert not torch.allclose(base(ids).logits, trained(ids).logits, atol=1e-2)
+    logits = [model(ids).logits]
+    for out in (tmp_path / "once", tmp_path / "twice"):
+        model, log = train(model, tokenizer, ROWS, out=out, settings=SMALL)
+        assert len(log) == 4 and not any("lora" in name for name, _ in model.named_parameters())
+        again, _ = steerkit.load(out, device="cpu")
+        logits.append(model(ids).logits)
+        torch.testing.assert_close(again(ids).logits, logits[-1], atol=1e-5, rtol=0)
+        assert not torch.allclose(logits[-1], logits[-2], atol=1e-2)
+        with pytest.raises(ValueError, match=r"holds a training already \(checkpoint-4\)"):
+            train(model, tokenizer, ROWS, out=out, settings=SMALL)
+
+
+def test_an_adapter_of_the_base_is_not_resumed_on_another_model(tiny, tmp_path):
+    """tiny and tiny-gatt have the same shapes and the same embedding."""
+    model, tokenizer = steerkit.load("tiny-gatt", device="cpu")
+    settings = replace(SMALL, steps=1, save_every=1)
+    train(model, tokenizer, ROWS[:2], out=tmp_path, settings=settings)
+    with pytest.raises(ValueError, match=r"is an adapter of '.*tiny-gatt', .* model is '.*tiny'"):
+        train(deepcopy(tiny[0]), tokenizer, ROWS[:2], out=tmp_path, settings=settings, resume=True)
 
 
 def test_rank_zero_trains_all_weights(tiny, tmp_path):
@@ -132,39 +141,31 @@ def test_rank_zero_trains_all_weights(tiny, tmp_path):
 
 
 def test_dpo_raises_the_chosen_replys_chances_over_the_rejected_ones(tiny, tmp_path):
-    rows = [
-        {
-            "prompt": r["prompt"],
-            "chosen": r["completion"],
-            "rejected": [r["completion"][0] | {"content": "No."}],
-        }
-        for r in ROWS
-    ]
-    settings = replace(SMALL, steps=12, beta=1.0, save_every=50)
-    model = small_model(tiny[1])
+    tokenizer, model = tiny[1], small_model(tiny[1])
+    no = [{"role": "assistant", "content": "No."}]
+    rows = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": no} for r in ROWS]
+
+    def mean_logprob(m, row, key):
+        ids = torch.tensor([dialogue_ids(tokenizer, messages_of(row["prompt"], row[key]))])
+        start = len(prompt_ids(tokenizer, messages_of(row["prompt"])))
+        with torch.no_grad():
+            logprobs = m(ids).logits[0, start - 1 : -1].log_softmax(-1)
+        return logprobs.gather(1, ids[0, start:, None]).mean().item()
 
     def margin(m):
-        total = 0.0
-        for row in rows:
-            before = [gatt.Message(**x) for x in row["prompt"]]
-            for sign, key in ((1, "chosen"), (-1, "rejected")):
-                ids = torch.tensor([dialogue_ids(tiny[1], [*before, gatt.Message(**row[key][0])])])
-                start = len(prompt_ids(tiny[1], before))
-                with torch.no_grad():
-                    logs = m(ids).logits[0, start - 1 : -1].log_softmax(-1)
-                total += sign * logs.gather(1, ids[0, start:, None]).mean().item()
-        return total / len(rows)
+        return sum(mean_logprob(m, r, "chosen") - mean_logprob(m, r, "rejected") for r in rows)
 
     before = margin(model)
-    trained, _ = train(model, tiny[1], rows, out=tmp_path, settings=settings)
-    assert margin(trained) > before + 0.1
+    settings = replace(SMALL, steps=12, beta=1.0, save_every=50)
+    trained, _ = train(model, tokenizer, rows, out=tmp_path, settings=settings)
+    assert margin(trained) > before + 0.1 * len(rows)
 
 
 # A kill, two processes
 
 SCRIPT = """
-import sys
-sys.path[:0] = [{tests!r}]
+import json, sys
+sys.path[:0] = [{tests!r}, {make!r}]
 import torch
 torch.set_num_threads(1)
 import test_gatt_training as t
@@ -174,26 +175,41 @@ model = t.small_model(tokenizer)
 s = t.replace(t.SMALL, steps={steps}, save_every=4, batch={batch})
 t.train(model, tokenizer, t.ROWS[:{rows}], out=t.Path({out!r}), settings=s)
 """
+SAMPLE = """
+from accelerate import PartialState
+from accelerate.utils import gather_object
+with PartialState().split_between_processes(t.PLANS) as mine:
+    replies = gather_object(t.greedy_replies(tokenizer, mine))
+if PartialState().is_main_process:
+    t.Path({out!r}, "replies.json").write_text(json.dumps(replies))
+"""
+PLANS = [sample.plan for sample in samples(5, turns=2)]
 
 
-def script(tmp_path, out, **options):
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT.format(tests=str(Path(__file__).parent), out=str(out), **options))
+def greedy_replies(tokenizer, plans):
+    options = {"candidates": 1, "temperature": 0.0, "max_new_tokens": 4}
+    dialogues = gatt.sample_dialogues(small_model(tokenizer), tokenizer, plans, **options)
+    return [list(dialogue.replies) for dialogue in dialogues]
+
+
+def script(tmp_path, out, source, **options):
+    path, tests = tmp_path / "script.py", Path(__file__).parent
+    places = {"tests": str(tests), "make": str(DATA / "make"), "out": str(out)}
+    path.write_text(source.format(**places, **options))
     return str(path)
 
 
 def final(out):
-    """The last checkpoint's log: (step, loss) rows."""
-    last = max(out.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    rows = json.loads((last / "trainer_state.json").read_text())["log_history"]
-    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    """The last checkpoint's log: (step, loss)."""
+    state = json.loads(Path(get_last_checkpoint(out), "trainer_state.json").read_text())
+    return [(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry]
 
 
 def test_a_run_that_was_killed_ends_with_the_same_loss(tiny, tmp_path, monkeypatch):
     """SIGKILL after the first checkpoint, start again: every logged loss as without the kill, and
     no step that a checkpoint holds is taken twice."""
-    steps, out = 38, tmp_path / "killed"  # every 3 steps would not divide a checkpoint's 4
-    path = script(tmp_path, out, steps=steps, batch=2, rows=99)
+    steps, out = 40, tmp_path / "killed"
+    path = script(tmp_path, out, SCRIPT, steps=steps, batch=2, rows=99)
     child = subprocess.Popen([sys.executable, path], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 300
     while not list(out.glob("checkpoint-*/trainer_state.json")):
@@ -202,66 +218,41 @@ def test_a_run_that_was_killed_ends_with_the_same_loss(tiny, tmp_path, monkeypat
         time.sleep(0.005)
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
-    done = int(gatt_training._last_checkpoint(out).rsplit("-", 1)[1])
+    done = int(get_last_checkpoint(out).rsplit("-", 1)[1])
     assert 0 < done < steps, "it had finished before the kill"
-    taken, step = [], gatt_training.SFTTrainer.training_step
+    taken, step = [], training.SFTTrainer.training_step
     monkeypatch.setattr(
-        gatt_training.SFTTrainer, "training_step", lambda *a, **k: taken.append(1) or step(*a, **k)
+        training.SFTTrainer, "training_step", lambda *a, **k: taken.append(1) or step(*a, **k)
     )
-    settings = replace(SMALL, steps=steps, save_every=4)
-    options = {"settings": settings}
+    options = {"settings": replace(SMALL, steps=steps, save_every=4), "resume": True}
     resumed, log = train(small_model(tiny[1]), tiny[1], ROWS, out=out, **options)
     assert len(taken) == steps - done
     whole, expected = train(small_model(tiny[1]), tiny[1], ROWS, out=tmp_path / "whole", **options)
-    assert [r["step"] for r in log] == [r["step"] for r in expected]
-    assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in expected], abs=1e-6)
+    assert [entry["step"] for entry in log] == [entry["step"] for entry in expected]
+    losses = [entry["loss"] for entry in expected]
+    assert [entry["loss"] for entry in log] == pytest.approx(losses, abs=1e-6)
     for a, b in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 
 
-def test_two_processes_of_two_rows_are_one_process_of_four(tiny, tmp_path):
-    """`accelerate launch` on two CPU processes: the losses of one process with twice the batch.
-
-    Of four rows in all, so that each step sees the same ones in whatever order.
-    """
+def test_two_processes_are_one(tiny, tmp_path):
+    """`accelerate launch` on two CPU processes. Training: the losses of one process with twice the
+    batch, of four rows in all, so that each step sees the same ones in whatever order. Sampling:
+    the replies of one process, in the order of the plans."""
     out = tmp_path / "two"
-    path = script(tmp_path, out, steps=4, batch=2, rows=4)
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-    ]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    path = script(tmp_path, out, SCRIPT + SAMPLE, steps=4, batch=2, rows=4)
+    launch = f"{sys.executable} -m accelerate.commands.launch --multi_gpu --num_processes 2"
+    launch += " --num_machines 1 --mixed_precision no --dynamo_backend no"
     # With --cpu, `accelerate launch` starts one process, whatever --num_processes says.
     env = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*command, path], capture_output=True, text=True, timeout=600, env=env)
+    command = [*launch.split(), path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
-    settings = replace(SMALL, batch=4, save_every=4)
-    options = {"out": tmp_path / "one", "settings": settings}
+    options = {"out": tmp_path / "one", "settings": replace(SMALL, batch=4, save_every=4)}
     train(small_model(tiny[1]), tiny[1], ROWS[:4], **options)
-    assert final(out) == [
-        (step, pytest.approx(loss, abs=2e-3)) for step, loss in final(tmp_path / "one")
-    ]
-
-
-def test_a_torn_checkpoint_is_passed_over(tmp_path):
-    for step in (2, 4):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    assert gatt_training._last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    assert not (tmp_path / "checkpoint-4").exists()
-
-
-def test_a_training_directory_of_another_model_or_run_is_refused(tiny, tmp_path):
-    options = {"settings": replace(SMALL, steps=1)}
-    train(small_model(tiny[1]), tiny[1], ROWS, out=tmp_path, **options)
-    with pytest.raises(ValueError, match=r"another run \(weights differ"):
-        train(small_model(tiny[1], seed=1), tiny[1], ROWS, out=tmp_path, **options)
-    with pytest.raises(ValueError, match=r"another run \(rows differ"):
-        train(small_model(tiny[1]), tiny[1], ROWS[:3], out=tmp_path, **options)
+    expected = [(step, pytest.approx(loss, abs=2e-3)) for step, loss in final(tmp_path / "one")]
+    assert final(out) == expected
+    assert json.loads((out / "replies.json").read_text()) == greedy_replies(tiny[1], PLANS)
 
 
 # Adapters
@@ -276,7 +267,7 @@ def test_a_training_directory_of_another_model_or_run_is_refused(tiny, tmp_path)
     ],
 )
 def test_an_adapter_that_fits_nothing_gets_one_line(tmp_path, change, message):
-    source = steerkit.models.DATA / "tiny-gatt"
+    source = DATA / "tiny-gatt"
     config = json.loads((source / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | (change or {})))
     if change is not None:
@@ -289,25 +280,21 @@ def test_an_adapter_that_fits_nothing_gets_one_line(tmp_path, change, message):
 
 def test_the_shipped_adapter_keeps_what_the_base_forgets(tiny):
     """Small, named as its base's, no path of the machine that made it; holds at turn 6."""
-    folder = steerkit.models.DATA / "tiny-gatt"
+    folder = DATA / "tiny-gatt"
     assert sum(f.stat().st_size for f in folder.iterdir()) < 1_000_000
-    assert (
-        json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        == "tiny"
-    )
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny"
     model, tokenizer = steerkit.load("tiny-gatt", device="cpu")
-    plans = gatt_arms.evaluation_plans(7, 2, held_out=False, turns=6)
-    rates = [
-        gatt_eval.adherence_by_turn(m, tokenizer, plans).obeyed[:, 5].mean()
-        for m in (model, tiny[0])
-    ]
-    assert rates[0] >= 0.9 and rates[1] <= 0.2
+    plans = tiny_gatt.evaluation_plans(7, 2, held_out=False, turns=6)
+    after, before = (
+        adherence_by_turn(m, tokenizer, plans).obeyed[:, 5].mean() for m in (model, tiny[0])
+    )
+    assert after >= 0.9 and before <= 0.2
 
 
-def test_stored_rows_are_read_as_they_were_written():
-    rows = torch.tensor([[1, 0, torch.nan], [0, 0, 1]])
-    assert gatt_arms.pack(rows) == ["10-", "001"]
-    assert torch.equal(gatt_arms.unpack(["10-", "001"]).nan_to_num(9), rows.nan_to_num(9))
+def test_the_stored_runs_are_of_the_shipped_base(tiny):
+    runs = json.loads(data_file("gatt_runs.json").read_text())
+    assert {run["base"] for run in runs} == {fingerprint(tiny[0])}, "run data/make/gatt_results.py"
 
 
 def test_an_adapter_that_is_not_merged_is_mapped_and_steered_like_the_merged_model(tiny):
@@ -316,15 +303,13 @@ def test_an_adapter_that_is_not_merged_is_mapped_and_steered_like_the_merged_mod
     torch.manual_seed(0)
     wrapped = get_peft_model(small_model(tiny[1]), config).eval()
     merged = deepcopy(wrapped).merge_and_unload()
-    ids = torch.tensor(
-        [dialogue_ids(tiny[1], [gatt.Message("user", "Hobby: chess. Who are you?")])]
-    )
-    maps_, logits = [], []
+    ids = torch.tensor([dialogue_ids(tiny[1], [Message("user", "Hobby: chess. Who are you?")])])
+    maps, logits = [], []
     for model in (wrapped, merged):
         with torch.no_grad(), steerkit.emphasise(model, [[(2, 5)]], [(0, 1), (1, 3)]):
-            maps_.append(attention_map(model, ids, bins=8))
+            maps.append(attention_map(model, ids, bins=8))
             logits.append(model(ids).logits)
-    assert torch.allclose(*maps_, atol=1e-5) and torch.allclose(*logits, atol=1e-5)
+    assert torch.allclose(*maps, atol=1e-5) and torch.allclose(*logits, atol=1e-5)
     assert not torch.allclose(logits[0], merged(ids).logits, atol=1e-3), "nothing was steered"
 
 
@@ -348,11 +333,8 @@ def hub_style(tiny, tmp_path):
 
 def test_notebook_01_runs_on_a_model_directory(hub_style, tmp_path):
     """The path of the gpu profile: real constraints, the template replaced, nothing stored read."""
-    path, out = ROOT / "notebooks" / "01_gatt_training.ipynb", tmp_path / "runs"
-    out.mkdir()
-    values = runner.overrides(path, profile="smoke", model=str(hub_style))
-    places = {"out": out, "figures": tmp_path / "figures", "cwd": path.parent}
-    done = runner.execute(path, values, profile="smoke", timeout=300, progress=False, **places)
-    assert done.error is None, done.error
-    claims = (tmp_path / "figures").glob("smoke/01_gatt_training/*.claim.json")
+    out = tmp_path / "runs"
+    options = f"--only 01 --profile smoke --model {hub_style} --out {out}"
+    assert cli.main(["run", *options.split()]) == 0
+    claims = out.glob("smoke/01_gatt_training/*.claim.json")
     assert {json.loads(p.read_text())["model"] for p in claims} == {str(hub_style)}

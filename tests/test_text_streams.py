@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
-from steerkit.tiny import gates
+from steerkit.files import DATA
+from steerkit.tiny import streams
 from steerkit.tiny.world import market_words
 
 
@@ -12,9 +14,9 @@ def test_a_file_is_read_as_its_text_would_be(tiny, tmp_path: Path):
     tokenizer, text = tiny[1], "Zwölf Boxkämpfer 🚀\njagen Viktor.\n" * 20
     path = tmp_path / "book.txt"
     path.write_text(text, encoding="utf-8")
-    ids = gates.file_stream(tokenizer, path, 10**6)
+    ids = streams.file_stream(tokenizer, path, 10**6)
     assert ids[0] == tokenizer.bos_token_id and tokenizer.decode(ids[1:]) == text
-    assert gates.file_stream(tokenizer, path, 17) == ids[:17]
+    assert streams.file_stream(tokenizer, path, 17) == ids[:17]
 
 
 @pytest.mark.parametrize(
@@ -32,25 +34,30 @@ def test_a_file_that_cannot_be_read_gets_one_clear_line(tiny, tmp_path: Path, co
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
-        gates.file_stream(tiny[1], path, 100, least=50)
+        streams.file_stream(tiny[1], path, 100, least=50)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_folder_is_no_text_file(tiny, tmp_path: Path):
     with pytest.raises(ValueError, match="give the path of a text file"):
-        gates.file_stream(tiny[1], tmp_path, 100)
+        streams.file_stream(tiny[1], tmp_path, 100)
 
 
 def test_no_more_of_a_file_is_read_than_is_needed(tiny, tmp_path: Path):
     """Bytes that are no text, far behind the wanted tokens, are never decoded."""
     path = tmp_path / "log.txt"
     path.write_bytes(b"all is well\n" * 10_000 + b"\xff")
-    assert len(gates.file_stream(tiny[1], path, 20)) == 20
+    assert len(streams.file_stream(tiny[1], path, 20)) == 20
 
 
-def test_the_market_never_closes_and_speaks_market_words_only(tiny):
-    ids = gates.market_stream(tiny[1], 3000)
+def test_talk_never_closes_and_each_model_hears_its_own(tiny):
+    market = AutoTokenizer.from_pretrained(DATA / "tiny-stream")
+    titles = [streams.talk_title(tokenizer) for tokenizer in (tiny[1], market)]
+    assert titles == ["dialogue", "market"]
+    for tokenizer in (tiny[1], market):
+        ids = streams.talk_stream(tokenizer, 3000)
+        assert len(ids) == 3000 and ids == streams.talk_stream(tokenizer, 3500)[:3000]
+        assert ids != streams.talk_stream(tokenizer, 3000, seed="another")
+    texts = market.decode(ids[1:]).split("<|eos|>")[:-1]  # the last one is cut
     words = {part for word in market_words() for part in word.split()}
-    assert len(ids) == 3000 and ids == gates.market_stream(tiny[1], 3500)[:3000]
-    texts = tiny[1].decode(ids[1:]).split("<|eos|>")[:-1]  # the last one is cut
     assert len(texts) > 10 and set(" ".join(texts).split()) <= words

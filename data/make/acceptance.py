@@ -18,7 +18,7 @@ from steerkit.gatt.evaluation import adherence_by_turn
 from steerkit.statistics import bootstrap
 from steerkit.streaming.losses import recomputed_losses, token_losses
 from steerkit.tiny.gatt import mixed_plans, question_for
-from steerkit.tiny.streams import endless_talk, english_stream
+from steerkit.tiny.streams import english_stream, talk_stream, talk_title
 from steerkit.tiny.world import (
     ATTRIBUTES,
     answer,
@@ -160,8 +160,7 @@ def measure_streams(
     """
     first, *rest = english_stream(tokenizer, tokens)
     train = torch.tensor(tokenizer("\n\n".join(english()), add_special_tokens=False)["input_ids"])
-    title, talk = endless_talk(tokenizer)
-    streams = {"English": [first, *rest], title: talk(tokenizer, tokens)}
+    streams = {"English": [first, *rest], talk_title(tokenizer): talk_stream(tokenizer, tokens)}
     return {
         "English perplexity": english_perplexity(model, tokenizer, length=length, tokens=tokens),
         "bigram perplexity": bigram_perplexity(train, torch.tensor(rest), len(tokenizer)),

@@ -1,6 +1,6 @@
 """A training loop for runs of hours: AdamW; warm-up, hold, decay; goes on after a kill.
 
-`steerkit.fit` is the same loop without checkpoints.
+Like the loop of `steerkit.streaming.backcopy.train`, with a decay at the end and with checkpoints.
 """
 
 import json

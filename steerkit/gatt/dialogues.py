@@ -145,9 +145,13 @@ def _sample_batch(
 
         chosen = []  # of the drawn replies, each once for every candidate of the next turn
         for first, i in zip(range(0, len(replies), candidates), active, strict=True):
-            group = replies[first : first + candidates]
-            best, passed = _best_of(group, plans[i], turn, reward)
-            verified[i].append(passed)
+            group, message = replies[first : first + candidates], plans[i].questions[turn].text
+            scores = [
+                (plans[i].verified(turn, text), reward(message, text) if reward else 0.0)
+                for text in group
+            ]
+            best = scores.index(max(scores))  # the first of equals
+            verified[i].append(scores[best][0])
             dialogues[i].append(Message("assistant", group[best]))
             if turn + 1 < len(plans[i].questions):
                 chosen += [first + best] * candidates
@@ -157,18 +161,6 @@ def _sample_batch(
         Sample(plan, tuple(m.content for m in messages[1::2]), tuple(passed))
         for plan, messages, passed in zip(plans, dialogues, verified, strict=True)
     ]
-
-
-def _best_of(
-    replies: Sequence[str], plan: Plan, turn: int, reward: Reward | None
-) -> tuple[int, bool]:
-    """Index of the best candidate, and whether its verifier passed it."""
-    message = plan.questions[turn].text
-    scores = [
-        (plan.verified(turn, text), reward(message, text) if reward else 0.0) for text in replies
-    ]
-    best = scores.index(max(scores))  # the first of equals
-    return best, scores[best][0]
 
 
 # Training data

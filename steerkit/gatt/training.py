@@ -1,13 +1,15 @@
 """GAtt's training through TRL: SFT and DPO, LoRA by PEFT, on one process or several."""
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import Trainer
@@ -72,7 +74,8 @@ def train(
     if checkpoint is not None:
         _check_base(checkpoint, model)
     trainer = make_trainer(model, tokenizer, rows, out=out, settings=settings)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with _quiet():
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(out))
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     trained = trainer.accelerator.unwrap_model(trainer.model)
@@ -86,13 +89,27 @@ def _check_base(checkpoint: str, model: PreTrainedModel) -> None:
     """ValueError for an adapter that was trained on another base (all weights need no base)."""
     if (Path(checkpoint) / "adapter_config.json").exists():
         base = PeftConfig.from_pretrained(checkpoint).base_model_name_or_path
-        if base != model.name_or_path:
+        if (base or "") != model.name_or_path:
             raise ValueError(
                 f"{checkpoint} is an adapter of {base!r}, and the model is {model.name_or_path!r}: "
                 "resume with the model that the training began with, loaded anew"
             )
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars of `datasets` for a few hundred rows, no warnings of one library about another."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+@_quiet()
 def make_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -111,7 +128,6 @@ def make_trainer(
     common: dict[str, Any] = {
         "output_dir": str(out),
         "learning_rate": settings.lr,
-        "lr_scheduler_type": "linear",
         "warmup_steps": settings.warmup,
         "max_steps": settings.steps,
         "per_device_train_batch_size": settings.batch,
@@ -125,7 +141,6 @@ def make_trainer(
         "train_sampling_strategy": "group_by_length" if grouped else "random",
         "gradient_checkpointing": cuda,
         "dataloader_pin_memory": cuda,
-        "report_to": "none",
     }
     lora = LoraConfig(
         r=settings.rank,
@@ -134,7 +149,7 @@ def make_trainer(
         task_type="CAUSAL_LM",
     )
     options = {
-        "train_dataset": Dataset.from_list(list(rows)),
+        "train_dataset": datasets.Dataset.from_list(list(rows)),
         "processing_class": tokenizer,
         "peft_config": lora if settings.rank else None,
     }

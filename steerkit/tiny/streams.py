@@ -1,10 +1,9 @@
 """Long token streams for the streaming losses: held-out English, files, books, endless talk.
 
-Each stream begins with the tokenizer's first token, because the models never saw a text without it.
+Each stream begins with the tokenizer's first token: the models never saw a text without it.
 """
 
 import random
-from collections.abc import Callable, Iterable
 from itertools import count, islice
 from pathlib import Path
 
@@ -78,31 +77,22 @@ def book_stream(tokenizer: Tokenizer, tokens: int) -> list[int]:
     return text_stream(tokenizer, "\n".join(book["text"] for book in books), tokens)
 
 
-def dialogue_stream(
-    tokenizer: Tokenizer, tokens: int, *, seed: str = "held-out dialogue"
-) -> list[int]:
-    """Tiny-world documents without English and without end, `tokens` ids."""
-    return _endless(tokenizer, documents(random.Random(seed), english_share=0.0), tokens)
+def talk_title(tokenizer: Tokenizer) -> str:
+    """What endless talk is about: dialogues for a chat model, the market for any other."""
+    return "dialogue" if tokenizer.chat_template else "market"
 
 
-def market_stream(tokenizer: Tokenizer, tokens: int, *, seed: str = "held-out market") -> list[int]:
-    """Market chatter without end, `tokens` ids."""
-    rng = random.Random(seed)
-    return _endless(tokenizer, (market(rng) for _ in count()), tokens)
-
-
-def _endless(tokenizer: Tokenizer, texts: Iterable[str], tokens: int) -> list[int]:
+def talk_stream(tokenizer: Tokenizer, tokens: int, *, seed: str = "") -> list[int]:
+    """Text of the tiny world without English and without end, `tokens` ids; held out by default."""
+    title = talk_title(tokenizer)
+    rng = random.Random(seed or f"held-out {title}")
+    dialogues, markets = documents(rng, english_share=0.0), (market(rng) for _ in count())
     ids = text_stream(tokenizer, "", tokens)
-    for text in texts:
+    for text in dialogues if title == "dialogue" else markets:
         if len(ids) >= tokens:
             break
         ids += tokenizer(text + "<|eos|>", add_special_tokens=False)["input_ids"]
     return ids[:tokens]
-
-
-def endless_talk(tokenizer: Tokenizer) -> tuple[str, Callable[..., list[int]]]:
-    """Title and stream of endless talk: dialogue for a chat model, the market for any other."""
-    return ("dialogue", dialogue_stream) if tokenizer.chat_template else ("market", market_stream)
 
 
 def two_streams(
@@ -119,8 +109,8 @@ def two_streams(
         title, ids = "PG19", book_stream(tokenizer, tokens)
     else:
         title, ids = "English", english_stream(tokenizer, tokens)
-    talk, stream = endless_talk(tokenizer)
-    return {title: torch.tensor([ids]), talk: torch.tensor([stream(tokenizer, len(ids))])}
+    talk = torch.tensor([talk_stream(tokenizer, len(ids))])
+    return {title: torch.tensor([ids]), talk_title(tokenizer): talk}
 
 
 def note_fact(_: int, rng: random.Random) -> Fact:

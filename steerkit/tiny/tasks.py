@@ -1,20 +1,14 @@
-"""Where the four tasks' examples come from: the tiny world, or the real data sets.
+"""PASTA's four tasks in the tiny world.
 
-In the tiny world each task has an easy form and a conflict: a rival instruction, an instruction
-that has faded, a sentence that contradicts another one, a fact against what was memorised. A tiny
-prompt's span alone holds all that a reply needs, and then every head may be steered without harm;
-so the prompts also ask for something that stands outside of the span, and the strict metric looks.
+Each task has an easy form and a conflict: a rival instruction, an instruction that has faded, a
+sentence that contradicts another one, a fact against what was memorised. A short prompt's span may
+hold all that a reply needs, and then every head could be steered without harm. So the prompts also
+ask for something that stands outside of the span, and the strict metric looks at it.
 """
 
-import csv
-import json
 import random
-import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from steerkit.chat import Message
 from steerkit.constraints import TABLES, Constraint, compatible, instruct, values
@@ -23,7 +17,6 @@ from steerkit.steering.tasks import (
     Task,
     all_pronouns_paper,
     exact,
-    first_words,
     json_paper,
     json_strict,
     json_value_paper,
@@ -45,9 +38,6 @@ from steerkit.tiny.world import (
 
 JSON, THEY = Constraint("json", ""), Constraint("pronoun", "")
 FORMS = ("figure", "hobby", "ending", "emoji")  # what else a reply may be asked to do
-
-
-# --- the tiny world ----------------------------------------------------------------------------
 
 
 def _json(rng: random.Random, conflict: bool, split: str) -> Example:
@@ -207,7 +197,7 @@ TASKS: dict[str, Task] = {
             _biography,
             exact,
             {"value": states_value},
-            compare={"Acc": "prompt"},
+            compare={"Acc": False},
         ),
         Task(
             "counterfact",
@@ -215,152 +205,7 @@ TASKS: dict[str, Task] = {
             _counterfact,
             exact,
             {"value": states_value},
-            compare={"ES": "prompt", "PS": "paraphrases"},
+            compare={"ES": False, "PS": True},
         ),
     )
-}
-
-
-def task_of(name: str) -> Task:
-    """The task by its name."""
-    if name not in TASKS:
-        raise ValueError(f"task {name!r}: expected one of {', '.join(TASKS)}")
-    return TASKS[name]
-
-
-# --- the real data -----------------------------------------------------------------------------
-
-# What the data sets call their columns; `columns` renames. Biographies as the release of Bias in
-# Bios (1901.09451) holds them and PASTA's own evaluation reads them, counterfactuals as ROME's
-# (2202.05262). The hub's "LabHC/bias_in_bios" has hard_text, profession (a number) and gender: no
-# name, and without the first sentence, which is the span.
-COLUMNS: dict[str, dict[str, str]] = {
-    "json": {"text": "raw", "occupation": "title", "name": "name"},
-    "pronouns": {"text": "raw", "occupation": "title", "name": "name"},
-    "biasbios": {"text": "raw", "occupation": "title", "name": "name"},
-    "counterfact": {"rewrite": "requested_rewrite", "paraphrases": "paraphrase_prompts"},
-}
-
-
-def load_task(
-    name: str,
-    source: str | Path,
-    *,
-    n: int | None = None,
-    columns: Mapping[str, str] | None = None,
-    split: str = "train",
-) -> tuple[Task, list[Example]]:
-    """The task `name` on real data: its metrics, and the first `n` examples of `source`.
-
-    `source` is a .json, .jsonl or .csv file, or the name of a data set, which `datasets` loads
-    (`split` chooses its part). `columns` says how the source calls what `COLUMNS` lists. The
-    prompts follow the paper's appendix; the answer of Pronouns Changing is not given by the data.
-    """
-    tiny = task_of(name)
-    names = COLUMNS[name] | dict(columns or {})
-    if unknown := set(names) - set(COLUMNS[name]):
-        raise ValueError(f"columns {sorted(unknown)}: task {name} reads {sorted(COLUMNS[name])}")
-    rows = _rows(source, split)
-    if missing := [c for c in names.values() if rows and c not in rows[0]]:
-        raise ValueError(
-            f"{source}: no column {missing[0]!r} for task {name}, there are {sorted(rows[0])}; say "
-            f'what it is called: columns={{"{_key(names, missing[0])}": "..."}}'
-            + (" (hard_text lacks the sentence that is the span)" if "hard_text" in rows[0] else "")
-        )
-    make = _REAL[name]
-    given = [{key: row[column] for key, column in names.items()} for row in rows[:n]]
-    if not given:
-        raise ValueError(f"{source}: no rows in it")
-    labels = sorted({row["occupation"] for row in given}) if name == "biasbios" else []
-    examples = [make(row, labels) for row in given]
-    strict = first_words if tiny.strict is exact else tiny.strict
-    return replace(tiny, strict=strict), examples
-
-
-def _key(names: Mapping[str, str], column: str) -> str:
-    return next(key for key, value in names.items() if value == column)
-
-
-def _rows(source: str | Path, split: str) -> list[dict[str, Any]]:
-    path = Path(source)
-    if not path.suffix:
-        return _hub_rows(str(source), split)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; give a .json, .jsonl or .csv file")
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        if path.suffix == ".csv":
-            return list(csv.DictReader(text.splitlines()))
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        if path.suffix == ".json":
-            rows = json.loads(text)
-            return rows if isinstance(rows, list) else rows["data"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path}: cannot be read as {path.suffix[1:]} ({error})") from error
-    raise ValueError(f"{path}: expected a .json, .jsonl or .csv file, or the name of a data set")
-
-
-def _hub_rows(name: str, split: str) -> list[dict[str, Any]]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ValueError(
-            f"{name}: not a file, and data sets need `pip install -e .[data]`"
-        ) from error
-    return [dict(row) for row in load_dataset(name, split=split)]
-
-
-def _person_of(row: Mapping[str, Any]) -> str:
-    name = row["name"]
-    return name if isinstance(name, str) else " ".join(part for part in name if part)
-
-
-def _real_json(row: Mapping[str, Any], _: Sequence[str]) -> Example:
-    who, occupation = _person_of(row), str(row["occupation"]).replace("_", " ")
-    told = (
-        f"Answer the occupation of {who} and generate the answer as JSON format, for example "
-        '{"name": "", "occupation": ""}.'
-    )
-    right = json.dumps({"name": who, "occupation": occupation})
-    messages = (Message("user", f"{str(row['text']).strip()} {told}"),)
-    return Example(messages, told, right, occupation, kept=(occupation,))
-
-
-def _real_pronouns(row: Mapping[str, Any], _: Sequence[str]) -> Example:
-    who, text = _person_of(row), str(row["text"]).strip()
-    told = "Substitute she and he with they."
-    asked = f"{text} {told} Then give the occupation of {who}."
-    occupation = str(row["occupation"]).replace("_", " ")
-    return Example((Message("user", asked),), told, "", occupation, (occupation,), source=text)
-
-
-def _real_biography(row: Mapping[str, Any], labels: Sequence[str]) -> Example:
-    who, text = _person_of(row), str(row["text"]).strip()
-    occupation = str(row["occupation"]).replace("_", " ")
-    asked = f"{text} {who} has the occupation of"
-    candidates = tuple(str(label).replace("_", " ") for label in labels)
-    first = re.match(r".+?[.!?](?=\s|$)", text, re.DOTALL)  # the sentence that names the occupation
-    span = first[0] if first else text
-    return Example((Message("user", asked),), span, occupation, occupation, (), candidates)
-
-
-def _real_counterfact(row: Mapping[str, Any], _: Sequence[str]) -> Example:
-    rewrite = row["rewrite"]
-    ask = rewrite["prompt"].format(rewrite["subject"])
-    new, old = rewrite["target_new"]["str"], rewrite["target_true"]["str"]
-    span = f"Currently, {ask} {new}."
-    told = f"Previously, {ask} {old}. {span}"
-    paraphrases = row["paraphrases"]
-    if isinstance(paraphrases, str):
-        paraphrases = json.loads(paraphrases)
-    first, *others = [(Message("user", f"{told} {text}"),) for text in (ask, *paraphrases)]
-    return Example(first, span, new, new, (), (new, old), tuple(others))
-
-
-_REAL: dict[str, Callable[[Mapping[str, Any], Sequence[str]], Example]] = {
-    "json": _real_json,
-    "pronouns": _real_pronouns,
-    "biasbios": _real_biography,
-    "counterfact": _real_counterfact,
 }
