@@ -1,11 +1,12 @@
 # make run | test | lab | student | bench | readme | clean: each does all the set-up that it needs,
 # from a bare Python. Variables: PROFILE=smoke|cpu|gpu, ARGS="--only 04" (more for the command
-# behind run, student, bench, test), OUT=dir (student), PYTHON=path, VENV=dir
+# behind run, student, bench, test), OUT=dir (student), WORKERS=n (test), PYTHON=path, VENV=dir
 
 VENV = .venv
 PROFILE = cpu
 ARGS =
 OUT = runs/workshop
+WORKERS = 2
 PYTHON =
 BIN = $(VENV)/bin
 STAMP = $(VENV)/steerkit-installed
@@ -17,13 +18,13 @@ run: $(STAMP)
 	$(BIN)/python -m steerkit run --profile $(PROFILE) $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 lab: $(STAMP)
 	$(BIN)/python -m jupyter lab notebooks
 
 student: $(STAMP)
-	$(BIN)/python -m steerkit student --out $(OUT) $(ARGS)
+	$(BIN)/python -m steerkit student $(OUT) $(ARGS)
 
 readme: $(STAMP)
 	$(BIN)/python docs/readme.py

@@ -1,250 +1,147 @@
-"""Write those parts of README.md that are numbers, from the results that lie in the repository.
+"""Draw the picture of all results, and write the README's table, from the committed results.
 
     python docs/readme.py      (or: make readme)
 
-Between `<!-- NAME -->` and `<!-- end -->` stands what `PARTS[NAME]()` returns; tests/test_readme.py
-fails when the file differs from that.
+The table stands between `<!-- notebooks -->` and `<!-- end -->`; tests/test_readme.py fails when it
+is not what this file would write.
 """
 
 import json
 import re
 import sys
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from overview import draw
 
 from steerkit.files import ROOT, write_text
 from steerkit.results import paper_result
 
-NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
-TASKS = ("JSON", "Pronouns", "BiasBios", "CounterFact")
-TURNS = ("2", "4", "6", "20")
-BASE = "gatt.table30.baseline"
 LLAMA = "Llama 2, [2307.09288](https://arxiv.org/abs/2307.09288)"
-RATIOS = ("re-computation / streaming", "map, max / plain")  # in the table without a goal, too
+PASTA = "PASTA, [2311.02262](https://arxiv.org/abs/2311.02262)"
+STREAMING = "StreamingLLM, [2309.17453](https://arxiv.org/abs/2309.17453)"
+DORMANT = "Active-dormant heads, [2410.13835](https://arxiv.org/abs/2410.13835)"
+TASKS = {  # claim -> label, column of the paper's tables
+    "json": ("JSON", "json_f"),
+    "pronouns": ("Pronouns", "pronouns"),
+    "biasbios": ("BiasBios", "biasbios"),
+    "counterfact": ("CounterFact", "counterfact_es"),
+}
 
 
 def read(path: str) -> Any:
     return json.loads((ROOT / path).read_text(encoding="utf-8"))
 
 
-def claim(notebook: str, name: str) -> dict[str, Any]:
-    return read(f"figures/cpu/{notebook}/{name}.claim.json")
+def ours(notebook: str, claim: str) -> dict[str, float]:
+    return read(f"figures/cpu/{notebook}/{claim}.claim.json")["ours"]
 
 
-def forgetting(notebook: str) -> str:
-    ours = claim(notebook, "forgetting")["ours"]
-    return f"adherence at replies 1 / 3: {ours['reply 1']:.0%} / {ours['reply 3']:.0%}"
+def side_by_side(values: dict[str, float], names: str, form: str = "{:.0f}") -> str:
+    return " / ".join(form.format(values[name]) for name in names.split())
 
 
-def gatt(notebook: str) -> str:
-    def row(name: str, factor: int) -> str:
-        ours = claim(notebook, name)["ours"]
-        return " / ".join(f"{factor * ours[turn]:.0f}" for turn in TURNS)
-
-    recall = f"base {row('table30_baseline', 1)}, GAtt {row('table30_gatt', 1)} %"
-    lasts = f"seen values {row('lasts_seen', 100)}, held-out values {row('lasts_held_out', 100)} %"
-    return f"recall probe: {recall}; adherence with GAtt: {lasts}"
+def start_here(notebook: str) -> tuple[str, str, str]:
+    table = paper_result("gatt.table30.baseline")["values"]
+    published = f"recall at turns 2 / 4 / 6: {side_by_side(table, '2 4 6')} %"
+    replies = ours(notebook, "forgetting")
+    first, third = replies["reply 1"], replies["reply 3"]
+    return f"{LLAMA}, Table 30", published, f"adherence at replies 1 / 3: {first:.0%} / {third:.0%}"
 
 
-def weights(notebook: str) -> str:
-    follow, forget = (
-        claim(notebook, f"late_turns_{text}")["ours"] for text in ("following", "forgetting")
+def gatt(notebook: str) -> tuple[str, str, str]:
+    turns = "2 4 6 20"
+    arms = {"base": "baseline", "GAtt": "gatt"}
+    tables = {arm: paper_result(f"gatt.table30.{key}")["values"] for arm, key in arms.items()}
+    paper = ", ".join(f"{arm} {side_by_side(table, turns)}" for arm, table in tables.items())
+    measured = {arm: ours(notebook, f"table30_{key}") for arm, key in arms.items()}
+    recall = ", ".join(f"{arm} {side_by_side(row, turns)}" for arm, row in measured.items())
+    where = f"{LLAMA}, section 3.3, Table 30"
+    return where, f"recall at turns 2 / 4 / 6 / 20: {paper} %", f"recall: {recall} %"
+
+
+def maps(notebook: str) -> tuple[str, str, str]:
+    weights = (
+        f"{side_by_side(ours(notebook, f'late_turns_{text}'), 'base GAtt', '{:.2f}')} ({text})"
+        for text in ("following", "forgetting")
     )
+    published = "one dialogue, no numbers: larger activations on the instruction for longer"
+    our_text = f"largest weight on the instruction, base / GAtt: {', '.join(weights)}"
+    return f"{LLAMA}, Figure 10", published, our_text
+
+
+def pasta(notebook: str) -> tuple[str, str, str]:
+    ways = ("few_shot", "task_specific")
+    few, chosen = (paper_result(f"pasta.llama_7b.{way}")["values"] for way in ways)
+    published, our_text = [], []
+    for claim, (label, column) in TASKS.items():
+        measured = ours(notebook, claim)
+        best_prompt = measured["task-specific"] - measured["gain"]
+        published.append(f"{label} {few[column]:.0f} / {chosen[column]:.0f}")
+        our_text.append(f"{label} {best_prompt:.0%} / {measured['task-specific']:.0%}")
+    paper = f"LLaMA-7B, few-shot / searched heads: {', '.join(published)} %"
     return (
-        "largest weight on the instruction, mean of turns 8 to 20, base / GAtt: "
-        f"{follow['base']:.2f} / {follow['GAtt']:.2f} on replies that follow, "
-        f"{forget['base']:.2f} / {forget['GAtt']:.2f} on replies that forget"
+        f"{PASTA}, main table",
+        paper,
+        f"best prompt / four searched heads: {', '.join(our_text)}",
     )
 
 
-def tasks(notebook: str) -> str:
-    found = {task: claim(notebook, task.lower())["ours"] for task in TASKS}
-    rows = (
-        f"{task} {ours['task-specific'] - ours['gain']:.0%} / {ours['task-specific']:.0%}"
-        for task, ours in found.items()
+def streams(notebook: str) -> tuple[str, str, str]:
+    settings = ("dense", "window", "recomputation", "streaming")
+    published = ", ".join(
+        f"{name} {paper_result(f'streaming.table1.{name}')['value']:.4g}" for name in settings
     )
-    return "best prompt / four searched heads: " + ", ".join(rows)
+    above = []
+    for stream in ("English", "market"):
+        dense, window = (*ours(notebook, f"{stream}_dense").values(),
+                         *ours(notebook, f"{stream}_window").values())  # fmt: skip
+        above.append(f"{stream} dense {dense:+.2f}, window {window:+.2f}")
+    our_text = f"nats per token above StreamingLLM: {'; '.join(above)}"
+    return f"{STREAMING}, Table 1", f"perplexity: {published}", our_text
 
 
-def streams(notebook: str) -> str:
-    def nats(stream: str, setting: str) -> str:
-        (found,) = claim(notebook, f"{stream}_{setting}")["ours"].values()
-        return f"{setting} {found:+.2f}"
-
-    settings = ("dense", "window", "re-computation")
-    english, market = (", ".join(nats(s, x) for x in settings) for s in ("English", "market"))
-    return f"nats per token above StreamingLLM, English: {english}; market: {market}"
-
-
-def sinks(notebook: str) -> str:
-    ours = claim(notebook, "table3_learnable_sink")["ours"]
-    numbers = f"{ours['0+64']:.0f} / {ours['1+63']:.1f}"
-    return f"learnable sink, three seeds, perplexity at 0+64 / 1+63: {numbers}"
-
-
-def published(key: str, names: Sequence[str]) -> str:
-    values = paper_result(key)["values"]
-    return " / ".join(f"{values[name]:.4g}" for name in names)
-
-
-def published_tasks() -> str:
-    few, own = (
-        paper_result(f"pasta.llama_7b.{way}")["values"] for way in ("few_shot", "task_specific")
-    )
-    columns = dict(zip(TASKS, ("json_f", "pronouns", "biasbios", "counterfact_es"), strict=True))
-    return ", ".join(f"{task} {few[c]:.0f} / {own[c]:.0f}" for task, c in columns.items()) + " %"
-
-
-def published_streams() -> str:
-    names = {"dense": "dense", "window": "window", "re-computation": "recomputation"}
-    names |= {"streaming": "streaming"}
-    values = {name: paper_result(f"streaming.table1.{k}")["value"] for name, k in names.items()}
-    return "perplexity " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+def from_scratch(notebook: str) -> tuple[str, str, str]:
+    table = paper_result("streaming.table3.learnable_sink")["values"]
+    measured = ours(notebook, "table3_learnable_sink")
+    published = f"learnable sink, perplexity at caches 0+1024 / 1+1023: {table['0+1024']:.0f} / "
+    our_text = f"at 0+64 / 1+63: {measured['0+64']:.0f} / {measured['1+63']:.1f}"
+    return f"{DORMANT}; StreamingLLM, Table 3", f"{published}{table['1+1023']:.1f}", our_text
 
 
 ROWS = {  # notebook -> paper, the paper's number, ours
-    "00_start_here": (
-        f"{LLAMA}, Table 30",
-        f"recall of an instruction at turns 2 / 4 / 6: {published(BASE, TURNS[:3])} %",
-        forgetting,
-    ),
-    "01_gatt_training": (
-        f"{LLAMA}, section 3.3, Table 30",
-        f"recall probe at turns 2 / 4 / 6 / 20: base {published(BASE, TURNS)}, "
-        f"GAtt {published('gatt.table30.gatt', TURNS)} %",
-        gatt,
-    ),
-    "02_attention_heatmaps": (
-        f"{LLAMA}, Figure 10",
-        "one dialogue, no numbers: larger activations on the instruction for longer",
-        weights,
-    ),
-    "03_pasta_head_search": (
-        "PASTA, [2311.02262](https://arxiv.org/abs/2311.02262), main table",
-        f"LLaMA-7B, few-shot / task-specific heads: {published_tasks()}",
-        tasks,
-    ),
-    "04_streaming_llm": (
-        "StreamingLLM, [2309.17453](https://arxiv.org/abs/2309.17453)",
-        published_streams(),
-        streams,
-    ),
-    "05_sink_from_scratch": (
-        "Active-dormant heads, [2410.13835](https://arxiv.org/abs/2410.13835); "
-        "StreamingLLM Table 3",
-        "learnable sink, perplexity at caches 0+1024 / 1+1023: "
-        + published("streaming.table3.learnable_sink", ("0+1024", "1+1023")),
-        sinks,
-    ),
+    "00_start_here": start_here,
+    "01_gatt_training": gatt,
+    "02_attention_heatmaps": maps,
+    "03_pasta_head_search": pasta,
+    "04_streaming_llm": streams,
+    "05_sink_from_scratch": from_scratch,
 }
 
 
-def cost(profile: str, notebook: str) -> str:
-    """CPU time and peak memory, `17 s, 0.6 GiB`, or a dash for what was never run."""
-    path = f"figures/{profile}/{notebook}/run.json"
-    if not (ROOT / path).exists():
-        return "-"
-    run = read(path)
-    memory = run.get("memory")
-    clock = "" if "cpu_seconds" in run else " (clock)"
-    held = f", {memory['peak_gib']:.1f} GiB" if memory else ""
-    return f"{seconds(run):.0f} s{clock}{held}"
-
-
-def seconds(run: dict[str, Any]) -> float:
-    """CPU time, on which a busy machine has little influence; else by the clock."""
-    return run.get("cpu_seconds", run["seconds"])
-
-
-def notebooks() -> Iterator[str]:
-    """Notebook -> paper -> our number -> time and peak memory."""
-    yield "| notebook | paper | the paper's number | ours (cpu profile) | cpu | smoke |"
-    yield "|---|---|---|---|---|---|"
-    for name in NOTEBOOKS:
-        paper, number, ours = ROWS[name]
-        cells = [f"[{name}](notebooks/{name}.ipynb)", paper, number, ours(name)]
-        cells += [cost("cpu", name), cost("smoke", name)]
-        yield "| " + " | ".join(cells) + " |"
-
-
-def machine() -> Iterator[str]:
-    """Where and how long, and each claim that does not hold."""
-    runs = [read(f"figures/cpu/{name}/run.json") for name in NOTEBOOKS]
-    here, minutes = runs[0]["machine"], sum(map(seconds, runs)) / 60
-    on_gpu = list((ROOT / "figures" / "gpu").glob("*/run.json"))
-    never = "" if on_gpu else " The gpu profile was never run."
-    yield from wrapped(
-        f"The last two columns: CPU time and peak memory of the notebook's process, measured on "
-        f"{here['cores']} shared cores of an {here['cpu']} server with {here['memory_gib']} GiB of "
-        f"memory and {here['gpu'] or 'no GPU'}; {minutes:.0f} minutes in all at cpu.{never} "
-        "`steerkit doctor --model ID_OR_DIR` computes the memory that a model needs on a GPU."
-    )
-    claims = [read(path) for path in sorted((ROOT / "figures" / "cpu").glob("*/*.claim.json"))]
-    failed = [row["claim"] for row in claims if not row["holds"]]
-    yield ""
-    yield from wrapped(
-        f"{len(claims)} claims with n, intervals and seeds lie in `figures/cpu/*/*.claim.json`; "
-        f"`make run` prints them. {len(failed)} do not hold here, and the notebooks say why:"
-    )
-    yield ""
-    for text in failed:
-        yield from wrapped(text, first="- ")
-
-
-def ratios() -> Iterator[str]:
-    """The ratios of benchmarks/results.json that have a goal, and some more."""
-    found = read("benchmarks/results.json")
-    here, used = found["machine"], found["versions"]
-    scripts = found["scripts"].values()
-    dates, load = sorted({s["date"] for s in scripts}), max(max(s["load"]) for s in scripts)
-    yield from wrapped(
-        f"Ratios side by side in one process, one thread (`make bench`; {here['cores']} shared "
-        f"cores of an {here['cpu']} server, {here['memory_gib']} GiB, torch {used['torch']}, "
-        f"{' and '.join(dates)}, load up to {load:.0f}); all rows, and the times behind "
-        "them, are in [benchmarks/results.md](benchmarks/results.md)."
-    )
-    yield ""
-    yield "| benchmark | what | measured | goal |"
-    yield "|---|---|---|---|"
-    for name, script in found["scripts"].items():
-        for row in script["rows"]:
-            if row["goal"].startswith((">=", "<=")) or row["what"].startswith(RATIOS):
-                goal = row["goal"] + ("" if met(row) else " **missed**")
-                yield f"| {name} | {row['what']} | {row['shown']} | {goal} |"
-
-
-def met(row: dict[str, Any]) -> bool:
-    """Is the number, before it was rounded, on the goal's side?"""
-    if not row["goal"].startswith((">=", "<=")):
-        return True
-    limit = float(re.search(r"[\d.]+", row["goal"])[0])
-    return row["value"] >= limit if row["goal"].startswith(">=") else row["value"] <= limit
-
-
-def wrapped(text: str, *, first: str = "") -> list[str]:
-    later = " " * len(first)
-    options = {"initial_indent": first, "subsequent_indent": later, "break_on_hyphens": False}
-    return textwrap.wrap(text, 100, break_long_words=False, **options)
-
-
-PARTS = {"notebooks": notebooks, "machine": machine, "ratios": ratios}
+def table() -> Iterator[str]:
+    """Notebook -> paper, the paper's number, ours, CPU time in the profiles cpu and smoke."""
+    yield "| notebook | paper | the paper's number | ours (cpu profile) | cpu / smoke |"
+    yield "|---|---|---|---|---|"
+    for name, row in ROWS.items():
+        times = (read(f"figures/{p}/{name}/run.json")["cpu_seconds"] for p in ("cpu", "smoke"))
+        cost = " / ".join(f"{seconds:.0f} s" for seconds in times)
+        yield " | ".join([f"| [{name}](notebooks/{name}.ipynb)", *row(name), f"{cost} |"])
 
 
 def render(text: str) -> str:
-    """The README with its parts made anew."""
-    for name, lines in PARTS.items():
-        part = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if len(part.findall(text)) != 1:
-            raise ValueError(f"README.md: expected one part <!-- {name} --> ... <!-- end -->")
-        body = "\n".join(lines()) + "\n"
-        text = part.sub(lambda match, body=body: match[1] + body + match[2], text)
-    return text
+    """The README with its table made anew."""
+    part = re.compile(r"(?<=<!-- notebooks -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    if len(part.findall(text)) != 1:
+        raise ValueError("README.md: expected one part <!-- notebooks --> ... <!-- end -->")
+    return part.sub(lambda match: "\n".join(table()) + "\n", text)
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    write_text(path, render(path.read_text(encoding="utf-8")))
+    draw(ROOT / "figures" / "cpu")
+    readme = ROOT / "README.md"
+    write_text(readme, render(readme.read_text(encoding="utf-8")))
