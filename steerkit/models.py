@@ -72,20 +72,15 @@ def embedded() -> list[str]:
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" or a torch device string; ValueError when the device is absent."""
+    """ "auto" or a torch device string; ValueError when there is no such device here."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(device)
-    except RuntimeError as error:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say so
         raise ValueError(
-            f'device="{device}": expected "auto", "cpu", "cuda" or "cuda:N"'
+            f'device="{device}": not on this machine; use "auto", "cpu", "cuda" or "cuda:N"'
         ) from error
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f'device="{device}": {torch.cuda.device_count()} CUDA devices here; use "auto" or "cpu"'
-        )
-    return place
 
 
 def _source(name: str | os.PathLike) -> str:
@@ -103,9 +98,9 @@ def _source(name: str | os.PathLike) -> str:
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype == "auto":
         return dtype
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f'dtype="{dtype}": expected "auto", "float32", "bfloat16" or "float16"')
     return found
