@@ -147,6 +147,14 @@ def test_ruff_agrees(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+def test_bars_are_plain_text_come_after_two_seconds_and_go() -> None:
+    """tqdm.auto opens eleven widgets a bar, shown or not, and nbval loses messages behind them."""
+    sources = [path.read_text() for path in (ROOT / "steerkit").rglob("*.py")]
+    assert not [text for text in sources if re.search(r"tqdm\.(auto|notebook)", text)]
+    bars = [bar for text in sources for bar in re.findall(r"\btqdm\((.+?)\)[:\n]", text, re.DOTALL)]
+    assert bars and all("delay=2" in bar and "leave=False" in bar for bar in bars)
+
+
 def test_no_test_reaches_beyond_this_machine() -> None:
     with pytest.raises(ConnectionRefusedError, match="without a network"):
         socket.create_connection(("192.0.2.1", 80), timeout=1)
