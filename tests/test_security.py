@@ -1,4 +1,4 @@
-"""What could run foreign code, open a shell or reach a network: none of it is in the package."""
+"""What could run foreign code, open a shell or reach a network: none of it is in the kit."""
 
 import ast
 import inspect
@@ -14,8 +14,10 @@ import pytest
 import steerkit
 from steerkit.files import ROOT
 
-SOURCES = sorted([*(ROOT / "steerkit").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
-MODULES = sorted(m.name for m in pkgutil.iter_modules(steerkit.__path__, "steerkit."))
+PACKAGE = sorted((ROOT / "steerkit").rglob("*.py"))
+SCRIPTS = [
+    path for name in ("benchmarks", "data/make", "docs") for path in (ROOT / name).glob("*.py")
+]
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
 RUNS_TEXT = {"eval", "exec", "compile", "torch.load", "torch.save", "yaml.load", "yaml.unsafe_load"}
@@ -39,9 +41,9 @@ def dangers(source: str) -> Iterator[str]:
                     yield f"{node.lineno}: {option.arg} in {called}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_no_source_runs_foreign_code_or_a_shell(path: Path) -> None:
-    assert list(dangers(path.read_text(encoding="utf-8"))) == []
+def test_no_source_runs_foreign_code_or_a_shell() -> None:
+    found = {path: list(dangers(path.read_text(encoding="utf-8"))) for path in PACKAGE + SCRIPTS}
+    assert len(found) > 40 and {path: lines for path, lines in found.items() if lines} == {}
 
 
 @pytest.mark.parametrize(
@@ -59,11 +61,8 @@ def test_no_source_runs_foreign_code_or_a_shell(path: Path) -> None:
         "np.load(path, allow_pickle=True)",
     ],
 )
-def test_the_search_finds_what_it_is_for(source: str) -> None:
+def test_the_search_finds_what_it_is_for_and_nothing_else(source: str) -> None:
     assert len(list(dangers(source))) == 1
-
-
-def test_the_search_lets_harmless_calls_pass() -> None:
     harmless = "np.load(p, allow_pickle=False); model.eval(); re.compile(x); f(shell=False)"
     assert list(dangers(harmless)) == []
 
@@ -89,35 +88,32 @@ def test_no_module_opens_a_connection_or_prints_at_import() -> None:
     """In one interpreter whose sockets and name look-ups end it at once."""
     code = (
         "import os, socket\n"
-        "def end(*_, **__): os._exit(3)\n"
-        "socket.socket.connect = socket.socket.connect_ex = socket.socket.sendto = end\n"
-        "socket.getaddrinfo = socket.gethostbyname = end\n"
+        "socket.socket.connect = socket.getaddrinfo = lambda *a, **k: os._exit(99)\n"
         "import importlib, sys\n"
         "for name in sys.argv[1:]: importlib.import_module(name)\n"
     )
-    names = [name for name in MODULES if name != "steerkit.__main__"]
+    modules = pkgutil.walk_packages(steerkit.__path__, "steerkit.")
+    names = [module.name for module in modules if module.name != "steerkit.__main__"]
+    assert "steerkit.lab.runner" in names
     done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_only_the_command_and_trainings_print() -> None:
-    """A library that prints cannot be used in a report; `main` functions are commands."""
-    for path in (ROOT / "steerkit").glob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        functions = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
-        commands = [n for n in functions if n.name.strip("_") in {"main", "sample", "run", "show"}]
-        inside = {id(n) for command in commands for n in ast.walk(command)}
-        printing = [
-            f"{path.name}:{n.lineno}"
-            for n in ast.walk(tree)
-            if isinstance(n, ast.Call) and ast.unparse(n.func) == "print" and id(n) not in inside
-        ]
-        assert printing == []
+def test_only_the_command_prints() -> None:
+    """A library that prints cannot be used in a report."""
+    printing = {
+        f"{path.name}:{node.lineno}"
+        for path in PACKAGE
+        if path.name != "cli.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
+    }
+    assert printing == set()
 
 
 def test_an_adapter_of_pickles_is_refused_before_it_is_read(tmp_path: Path) -> None:
     config = (ROOT / "data" / "tiny-gatt" / "adapter_config.json").read_bytes()
     (tmp_path / "adapter_config.json").write_bytes(config)
     (tmp_path / "adapter_model.bin").write_bytes(b"never read")
-    with pytest.raises(ValueError, match="no adapter_model.safetensors; other formats can run code"):
+    with pytest.raises(ValueError, match="no adapter_model.safetensors; other formats can run"):
         steerkit.load(tmp_path)
