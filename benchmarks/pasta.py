@@ -5,8 +5,8 @@ thread, measured in turn.
 
 Plain is the model's own SDPA attention. "Full mask" adds log(alpha) to a (B,H,Q,K) mask made in
 every layer; "literal" is equation 2 of PASTA (2311.02262) on materialised weights, as the official
-library does it, on this package's door. What steering costs a CPU's kernel depends on the size of
-the heads, so prefill is measured at 32 and at 64. Half of the heads of every layer are steered.
+library does it, as an edit of this package. What steering costs depends on the size of the heads,
+so prefill is measured at 32, 64 and 128. Half of the heads of every layer are steered.
 Machines shared with others make milliseconds drift; the ratios are medians of interleaved rounds,
 on the clock of the one thread.
 """
@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from steerkit.attention.hook import AttentionCall, Edit, attach
-from steerkit.steering.pasta import Head, emphasise
+from steerkit.steering.key_bias import Head
+from steerkit.steering.pasta import emphasise
 from steerkit.streaming.latency import interleaved
 
 ALPHA = 0.01
@@ -54,8 +55,7 @@ def full_mask(T: int) -> Edit:
         bias = torch.zeros(B, H, Q, K)
         bias[:, ::2] = factor_of(T, K).log()
         later = torch.ones(Q, K, dtype=torch.bool).triu(K - Q + 1)
-        call.mask = bias.masked_fill_(later, -math.inf)
-        return call.attend()
+        return call.attend(mask=bias.masked_fill_(later, -math.inf))
 
     return edit
 
@@ -212,6 +212,7 @@ def measure(quick: bool) -> Iterator[Row]:
     for T in lengths:
         yield from prefill(make, T, ids, repeats)
         yield from prefill(maker(2 * WIDTH), T, ids, (repeats + 1) // 2, only=("steered",))
+        yield from prefill(maker(4 * WIDTH), T, ids, (repeats + 3) // 4, only=("steered",))
         yield from decode(make, T, ids, 16 * repeats)
     yield from memory(make, [128, 256] if quick else [512, 1024, 2048], ids)
 

@@ -24,19 +24,8 @@ from steerkit.attention.record import (
     value_norms,
 )
 
-SERVED = [
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma3",
-    "phi3",
-    "gpt_neox",
-    "gpt2",
-    "olmo2",
-    "smollm3",
-]
 REFUSED = {"gemma2": "SDPA", "gpt_oss": "SDPA", "gptj": "AttentionInterface"}
+SERVED = [name for name in CONFIGS if name not in REFUSED]
 
 
 def state_of(model: PreTrainedModel) -> tuple[str, list[str]]:
@@ -88,10 +77,6 @@ def test_unsupported_architectures_are_refused_with_the_reason(name: str) -> Non
     assert state_of(model) == before
 
 
-def test_every_configured_architecture_is_either_served_or_refused() -> None:
-    assert set(CONFIGS) == {*SERVED, *REFUSED}
-
-
 @torch.no_grad()
 def test_nothing_attached_goes_straight_to_stock(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
@@ -101,17 +86,23 @@ def test_nothing_attached_goes_straight_to_stock(
         llama(tokens(1, 5))
 
 
-def test_an_edit_sees_one_layer_and_is_gone_afterwards(llama: PreTrainedModel) -> None:
-    ids, seen = tokens(1, 7), []
+def test_an_edit_sees_one_layer_changes_no_call_and_is_gone_afterwards(
+    llama: PreTrainedModel,
+) -> None:
+    ids, calls = tokens(1, 7), []
 
-    def silence(call: AttentionCall) -> Tensor:
-        seen.append((call.query.shape, call.key.shape, call.mask))
-        return torch.zeros_like(call.attend())
+    def first_key_only(call: AttentionCall) -> Tensor:
+        calls.append(call)
+        return call.attend(mask=(torch.arange(7) < 1)[None, None, None])
 
     before = llama(ids).logits
-    with attach(llama, {1: silence}):
+    with attach(llama, {1: first_key_only}):
         changed = llama(ids).logits
-    assert seen == [((1, 4, 7, 8), (1, 2, 7, 8), None)]
+        weights = attention_weights(llama, ids)
+    assert [(c.query.shape, c.key.shape, c.mask) for c in calls] == 2 * [
+        ((1, 4, 7, 8), (1, 2, 7, 8), None)
+    ]
+    assert weights[1, ..., 0].eq(1).all() and not weights[0, :, 1:, 0].eq(1).any()
     assert not torch.allclose(before, changed)
     assert torch.equal(llama(ids).logits, before)
 
@@ -132,26 +123,16 @@ def test_an_exception_leaves_the_model_as_found(llama: PreTrainedModel, fail: st
 
 
 def test_nesting_is_refused_and_the_first_edit_stays(llama: PreTrainedModel) -> None:
-    with attach(llama, {0: AttentionCall.attend}):
+    edits = {0: AttentionCall.attend}
+    with attach(llama, edits):
         inside = state_of(llama)
-        with (
-            pytest.raises(ValueError, match="already attached"),
-            attach(llama, {0: AttentionCall.attend}),
-        ):
+        with pytest.raises(ValueError, match="already attached"), attach(llama, edits):
             pass
         assert state_of(llama) == inside
     refused = pytest.raises(ValueError, match="already on")
     with softmax_off_by_one(llama), refused, softmax_off_by_one(llama):
         pass
     assert state_of(llama) == ("sdpa", [])
-
-
-def test_a_layer_that_does_not_exist_is_an_error(llama: PreTrainedModel) -> None:
-    with (
-        pytest.raises(ValueError, match=r"layers \[2\].*< 2"),
-        attach(llama, {2: AttentionCall.attend}),
-    ):
-        pass
 
 
 def test_finding_the_layers_leaves_the_random_state_alone() -> None:
@@ -228,9 +209,7 @@ def test_softmax_with_a_zero_sink_is_softmax_over_one_more_zero_score() -> None:
 def test_reductions_equal_the_full_weights(
     llama: PreTrainedModel, zero_sink: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "steerkit.attention.record._CHUNK_NUMBERS", 4 * 50 * 3
-    )  # a few rows per chunk
+    monkeypatch.setattr("steerkit.attention.record._CHUNK_NUMBERS", 4 * 50 * 3)  # one query each
     ids, rows = tokens(2, 50), []
     with softmax_off_by_one(llama) if zero_sink else use_attention_function(llama):
         full = torch.stack([attention_weights(llama, row[None]) for row in ids])  # (B,L,H,T,T)

@@ -12,8 +12,7 @@ from test_attention import SERVED, eager_weights, state_of
 from tiny_models import tiny, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel, Qwen2Config
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from steerkit.attention.hook import (
     AttentionCall,
@@ -118,48 +117,25 @@ def test_received_is_what_each_key_gets_from_some_queries(
 # Composition: what is attached stays in force
 
 
-def literal(
-    kept: dict[int, Tensor], layer: int, heads: list[int], outside: Tensor, alpha: float
-) -> Callable[[AttentionCall], Tensor]:
-    """Equation 2 of 2311.02262 word by word: multiply by alpha, renormalise. Keeps the weights."""
-
-    def edit(call: AttentionCall) -> Tensor:
-        q, k, v = call.query, call.key, call.value
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        scores = q @ k.mT * call.scaling
-        n = q.shape[2]
-        mask = call.mask if call.mask is not None else torch.ones(n, n, dtype=torch.bool).tril()
-        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-        steered = weights * torch.where(outside, alpha, 1.0)
-        steered = steered / steered.sum(-1, keepdim=True)
-        weights[:, heads] = steered[:, heads]
-        kept[layer] = weights[0].detach()
-        return (weights @ v).transpose(1, 2)
-
-    return edit
-
-
 @pytest.mark.parametrize("name", SERVED)
-@torch.no_grad()
 def test_inside_emphasise_the_recorded_weights_are_the_steered_ones(name: str) -> None:
     model, ids, alpha = tiny(name), tokens(1, T), 0.05
-    heads = [(0, 1), (0, 2), (1, 3)]
-    outside = torch.tensor([t not in INSIDE for t in range(T)])
-    kept: dict[int, Tensor] = {}
-    edits = {n: literal(kept, n, [h for at, h in heads if at == n], outside, alpha) for n in (0, 1)}
-    with attach(model, edits):
-        model(ids, use_cache=False)
-    wanted = torch.stack([kept[0], kept[1]])  # (L,H,T,T)
-    plain = span_share(model, ids, SPANS)
-    with emphasise(model, [SPANS], heads, alpha=alpha):
-        inside = state_of(model)
+    plain, outside = attention_weights(model, ids), torch.ones(T, dtype=torch.bool)
+    outside[INSIDE] = False
+    with emphasise(model, [SPANS], [(0, 1), (0, 2), (1, 3)], alpha=alpha):
+        before = state_of(model)
+        steered = attention_weights(model, ids)
         share = span_share(model, ids, SPANS)
-        ours = attention_map(model, ids, bins=BINS)
-        assert state_of(model) == inside
-    torch.testing.assert_close(share, wanted[..., INSIDE].sum(-1), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(ours, by_hand(wanted.flatten(0, 1), max), atol=1e-5, rtol=1e-4)
-    assert (share - plain)[0, 1, 41:].mean() > 0.1
-    assert torch.equal(span_share(model, ids, SPANS), plain)
+        cells = attention_map(model, ids, bins=BINS)
+        assert state_of(model) == before
+    expected = plain[0] * torch.where(outside, alpha, 1.0)  # equation 2 of 2311.02262
+    expected = expected / expected.sum(-1, keepdim=True)
+    expected[[0, 3]] = plain[0, [0, 3]]
+    torch.testing.assert_close(steered[0], expected, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(steered[1], plain[1])
+    torch.testing.assert_close(share, steered[..., INSIDE].sum(-1))
+    torch.testing.assert_close(cells, by_hand(steered.flatten(0, 1), max))
+    assert torch.equal(attention_weights(model, ids), plain)
 
 
 def double_first_value(call: AttentionCall) -> Tensor:
@@ -233,48 +209,28 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.fixture(scope="module")
-def half_billion() -> PreTrainedModel:
-    """The width of a model of 0.5 B parameters, one of its 24 layers: they follow each other."""
-    config = Qwen2Config(
-        vocab_size=64, hidden_size=896, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=14, num_key_value_heads=2, max_position_embeddings=32_768,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-def test_4096_tokens_hold_one_chunk_and_never_a_square(half_billion: PreTrainedModel) -> None:
-    ids, hidden = tokens(1, 4096) % 64, 896 * 4096
+def test_4096_tokens_hold_one_chunk_and_never_a_square() -> None:
+    model = tiny("llama", num_hidden_layers=1, max_position_embeddings=4096)
     with Largest() as largest:
-        found = attention_map(half_billion, ids, bins=64)
-    assert found.shape == (64, 64) and found.diagonal().min() > 0
-    assert largest.numbers <= 2 * hidden < 4096**2  # less than one head's square
-    assert not found.triu(1).any()
+        cells = attention_map(model, tokens(1, 4096), bins=64)
+    assert cells.shape == (64, 64) and cells.diagonal().min() > 0 and not cells.triu(1).any()
+    assert largest.numbers <= 2**20 < 4096**2  # less than one head's square
 
 
 # Bad input
 
 
-def long(name: str, T: int) -> tuple[PreTrainedModel, Tensor]:
-    return tiny(name, max_position_embeddings=128), tokens(1, T)
-
-
-def test_beyond_the_trained_positions_a_rotary_model_warns_and_still_adds_up() -> None:
-    model, ids = long("llama", 150)
+def test_beyond_its_positions_a_rotary_model_warns_and_learned_ones_end() -> None:
+    rotary, ids = tiny("llama", max_position_embeddings=128), tokens(1, 150)
     with pytest.warns(UserWarning, match="150 tokens.*trained on 128 positions"):
-        share = span_share(model, ids, [(0, 150)])
+        share = span_share(rotary, ids, [(0, 150)])
     torch.testing.assert_close(share, torch.ones(2, 4, 150))
+    with pytest.raises(ValueError, match=r"150 tokens.*GPT2.* 128 learned positions"):
+        attention_map(tiny("gpt2"), ids)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        span_share(model, ids[:, :128], SPANS)  # the limit itself is within
-
-
-def test_beyond_learned_positions_there_is_nothing_to_measure() -> None:
-    gpt2 = tiny("gpt2")
-    with pytest.raises(ValueError, match=r"129 tokens.*GPT2.* 128 learned positions"):
-        attention_map(gpt2, tokens(1, 129))
-    attention_map(gpt2, tokens(1, 128))
+        for model in (rotary, tiny("gpt2")):
+            span_share(model, ids[:, :128], SPANS)  # the limit itself is within
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ _ZERO_SINK = "_steerkit_zero_sink"
 _RECORDER = "_steerkit_recorder"
 
 
-@dataclass
+@dataclass(frozen=True)
 class AttentionCall:
     """One attention call, rotary embedding applied: query (B,H,Q,D), key and value (B,Hkv,K,D).
 

@@ -1,0 +1,118 @@
+"""The page of shaded tokens: inert, escaped, small, repeatable; the numbers are those given."""
+
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from steerkit.chat import Message
+from steerkit.spans import Turn, find_turns
+from steerkit.viz.html import _SHADES, attention_page, mask_page, token_texts
+
+TEXTS = ["Say", " <b>", ' "no" & go', "\n", "<script>alert(1)</script>"]
+VALUES = torch.tensor([0.0, 0.25, 0.5, 1.0, 0.123456])
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements, the tokens' (number, style), and all text."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(source)
+        tokens = [attributes for tag, attributes in self.elements if tag == "i"]
+        tokens = tokens[len(_SHADES) :]  # the legend comes first
+        self.numbers = [float(attributes["title"] or "") for attributes in tokens]
+        self.styles = [attributes.get("style") or "background:#fff" for attributes in tokens]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_every_token_carries_its_number_and_text_and_nothing_can_run_or_load() -> None:
+    texts, values = [*TEXTS, "javascript:x", "</div>"], [*VALUES.tolist(), 0, 0]
+    turns = [Turn(1, "<u>", 0, 2), Turn(1, "assistant", 2, 7)]
+    source = attention_page(texts, values, turns, title="<script>")
+    page = Page(source)
+    assert page.numbers == pytest.approx(values, rel=0.05)
+    assert all(text.replace("\n", "↵") in page.text for text in texts)
+    assert re.findall(r"<small>(.*?)</small>", source) == ["1 &lt;u&gt;", "1 assistant"]
+    assert {tag for tag, _ in page.elements} == {"div", "p", "b", "small", "i", "br"}
+    assert {name for _, attributes in page.elements for name in attributes} == {"style", "title"}
+    assert "url(" not in source and "http" not in source and source.count("</div>") == 1
+
+
+def light(colour: str) -> float:
+    """Relative luminance, as WCAG 2 defines it."""
+    parts = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+
+
+def test_darker_is_more_the_nearest_shade_is_taken_and_letters_can_be_read() -> None:
+    assert all(light(a) > light(b) + 0.03 for a, b in pairwise(_SHADES))
+    values = {0: 0, 0.06: 1, 0.19: 2, 0.3: 3, 0.4: 4, 0.5: 5, 0.61: 6, 0.7: 7, 0.8: 8, 5: 8}
+    page = Page(attention_page(["x"] * len(values), list(values), title="t", top=0.8))
+    assert "0.8" in page.text
+    for shade, style in zip(values.values(), page.styles, strict=True):
+        assert f"background:{_SHADES[shade]}" in style
+        letters = 1.0 if ";color:#fff" in style else 0.0
+        low, high = sorted((light(_SHADES[shade]), letters))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, style
+
+
+def test_the_largest_value_is_the_darkest_and_nothing_is_white() -> None:
+    half, whole = Page(attention_page(["a", "b"], [0.1, 0.2], title="t")).styles
+    assert _SHADES[4] in half and _SHADES[8] in whole
+    assert Page(attention_page(["a"], [0.0], title="t")).styles == ["background:#fff"]
+
+
+def test_equal_inputs_are_equal_bytes_and_4000_tokens_stay_below_300_kb() -> None:
+    texts = [[" attention", ' "quoted"', " a<b", "."][i % 4] for i in range(4000)]
+    values = torch.rand(4000, generator=torch.Generator().manual_seed(0))
+    turns = [Turn(n // 2 + 1, "user", 20 * n, 20 * n + 20) for n in range(200)]
+    one, two = (attention_page(texts, values, turns, title="t") for _ in range(2))
+    assert one == two and len(one.encode()) <= 300_000
+
+
+def test_token_texts_put_the_dialogue_together_and_a_mask_darkens_what_carries_loss(
+    tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> None:
+    tokenizer = tiny[1]
+    talk = [Message("user", "Where does Ada live, and why?"), Message("assistant", "In Lima <ok>.")]
+    ids = find_turns(tokenizer, talk)[0][0].tolist()
+    texts = token_texts(tokenizer, ids)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    labels = [-100] * (len(ids) - 3) + ids[-3:]
+    page = Page(mask_page(tokenizer, {"input_ids": ids, "labels": labels}))
+    assert page.numbers == [0] * (len(ids) - 3) + [1] * 3
+
+
+def test_a_token_keeps_its_space_where_a_tokenizer_strips_it() -> None:
+    class Stripping:  # a row alone loses its leading space, as with SentencePiece
+        def batch_decode(self, rows: list[list[int]], **_: bool) -> list[str]:
+            pieces = ["Hello", " you", "r", " ok"]
+            return ["".join(pieces[i] for i in row).lstrip() for row in rows]
+
+    assert token_texts(Stripping(), [0, 1, 2, 3]) == ["Hello", " you", "r", " ok"]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: attention_page(["x"], [float("nan")], title="t"), "finite"),
+        (lambda: attention_page(TEXTS, VALUES, [Turn(1, "user", 0, 4)], title="t"), "4 tokens"),
+    ],
+)
+def test_bad_input_is_one_clear_error(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
