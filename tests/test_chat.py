@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from steerkit.chat import (
     BatchedChat,
@@ -124,6 +125,24 @@ def test_a_kept_cache_gives_the_replies_of_fresh_prompts(tiny):
     chat.select([1, 0, 1])
     swapped = go_on([replaced[i] for i in (1, 0, 1)], ["Hm."] * 3, QUESTIONS[0])
     assert chat.reply(swapped) == reply(*tiny, swapped)
+
+
+def test_layers_with_a_sliding_window_reply_alike(tiny):
+    """Such a window counts masked tokens, so the cache starts anew: also after a selection."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, sliding_window=8, initializer_range=0.5,
+    )  # fmt: skip
+    model, few = MistralForCausalLM(config).eval(), {"max_new_tokens": 12}
+    chat, dialogues = BatchedChat(model, tiny[1]), user(*QUESTIONS)
+    for order in ([0, 1, 2], [2, 0, 0]):
+        answers = chat.reply(dialogues, **few)
+        assert answers == reply(model, tiny[1], dialogues, **few)
+        chat.select(order)
+        dialogues = [
+            [*dialogues[i], Message("assistant", answers[i]), Message("user", "Hi.")] for i in order
+        ]
 
 
 def test_what_the_cache_holds_is_not_read_again(tiny, monkeypatch):
