@@ -14,9 +14,11 @@ from steerkit.gatt.evaluation import adherence_by_turn
 from steerkit.models import load
 from steerkit.spans import find_span
 from steerkit.steering.head_search import score_heads
+from steerkit.steering.key_bias import Head
 from steerkit.steering.other_methods import additive_bias
-from steerkit.steering.pasta import Head, emphasise
-from steerkit.streaming.losses import recomputed_losses, stream_chat, token_losses
+from steerkit.steering.pasta import emphasise
+from steerkit.streaming.conversation import stream_chat
+from steerkit.streaming.losses import recomputed_losses, token_losses
 from steerkit.streaming.sink_cache import SinkCache
 
 __all__ = [  # noqa: RUF022

@@ -13,19 +13,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import steerkit
-from steerkit.attention import hook as attention
 from steerkit.attention import maps, record
 from steerkit.gatt import dialogues as gatt
 from steerkit.gatt import evaluation as gatt_eval
 from steerkit.gatt.training import Settings, train
+from steerkit.steering import head_search, tasks
 from steerkit.steering import head_search as heads
 from steerkit.steering import other_methods as relatives
-from steerkit.steering import screening, tasks
-from steerkit.steering.pasta import Head, emphasise
+from steerkit.steering.key_bias import Head
+from steerkit.steering.pasta import emphasise
 from steerkit.streaming import latency as timing
-from steerkit.streaming.losses import stream_chat
+from steerkit.streaming.conversation import stream_chat
 from steerkit.streaming.sink_cache import SinkCache
-from steerkit.tiny.tasks import task_of
+from steerkit.tiny import gatt as tiny_gatt
+from steerkit.tiny.tasks import TASKS
 
 IDS = torch.randint(300, (1, 48), generator=torch.Generator().manual_seed(0))
 SPAN, HEADS, SOME = (8, 16), [Head(1, 2), Head(3, 5)], [Head(0, 0), Head(2, 3)]
@@ -61,19 +62,18 @@ def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, _: Tensor) 
 
 def gatt_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, _: Tensor) -> Tensor:
     rng = random.Random(0)
-    plans = [gatt.make_plan(rng, gatt.draw(rng), turns=2) for _ in range(2)]
-    best = gatt.sample_dialogues(model, tokenizer, plans, candidates=2, max_new_tokens=6)
-    gap = gatt_eval.teacher_kl(model, model, tokenizer, best)
+    plans = [tiny_gatt.make_plan(rng, tiny_gatt.draw_constraints(rng), turns=2) for _ in range(2)]
+    gatt.sample_dialogues(model, tokenizer, plans, candidates=2, max_new_tokens=6)
     found = gatt_eval.adherence_by_turn(model, tokenizer, plans, max_new_tokens=6, probe_turns=(2,))
-    return torch.cat([gap.flatten(), found.obeyed.flatten(), found.recalled.nan_to_num().flatten()])
+    return torch.cat([found.obeyed.flatten(), found.recalled.nan_to_num().flatten()])
 
 
 def examples(tokenizer: PreTrainedTokenizerBase) -> list[heads.Prompt]:
-    return tasks.prompts(tokenizer, task_of("biasbios").examples(3, seed=0))
+    return tasks.to_prompts(tokenizer, TASKS["biasbios"].examples(3, seed=0))
 
 
 def replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, _: Tensor) -> Tensor:
-    some, steer = task_of("biasbios").examples(3, seed=0), partial(emphasise, heads=HEADS)
+    some, steer = TASKS["biasbios"].examples(3, seed=0), partial(emphasise, heads=HEADS)
     texts = tasks.generate(model, tokenizer, some, steer=steer, max_new_tokens=8)
     return torch.tensor([token for text in texts for token in tokenizer(text).input_ids])
 
@@ -93,7 +93,7 @@ NUMBERS: dict[str, Step] = {
     "mass on a key": lambda m, _, ids: record.mean_weight_on_key(m, ids, k=0),
     "value norms": lambda m, _, ids: record.value_norms(m, ids).log(),
     "head scores": lambda m, t, _: heads.score_heads(m, examples(t), heads=SOME).scores,
-    "head screen": lambda m, t, _: screening.bias_slopes(m, examples(t)),
+    "head screen": lambda m, t, _: head_search.bias_slopes(m, examples(t)),
 }
 REPLIES: dict[str, Step] = {
     "generate with sinks": lambda m, _, ids: written(
@@ -150,7 +150,7 @@ def test_bfloat16_writes_nearly_what_float32_writes(name, tiny, plain) -> None:
 
 
 def test_a_step_of_gatt_training_in_bfloat16_ends_in_finite_weights(tiny, tmp_path) -> None:
-    plan = gatt.make_plan(random.Random(0), gatt.draw(random.Random(0)), turns=2)
+    plan = tiny_gatt.training_plans(0, dialogues=2, turns=2)[1]
     rows = gatt.make_rows([gatt.Sample(plan, ("Yes.", "No."), (True, True))], per_dialogue=1)
     model, settings = deepcopy(tiny[0]).bfloat16(), Settings(steps=1, batch=1, warmup=0)
     before = model(IDS).logits

@@ -12,6 +12,7 @@ from steerkit.chat import Message, prompt_ids, reply
 from steerkit.spans import find_span
 from steerkit.statistics import wilson
 from steerkit.steering.pasta import emphasise
+from steerkit.steering.real_data import load_task
 from steerkit.steering.tasks import (
     Example,
     compare,
@@ -28,12 +29,12 @@ from steerkit.steering.tasks import (
     kept,
     marked,
     prompted,
-    prompts,
     pronouns_paper,
     pronouns_strict,
     states_value,
+    to_prompts,
 )
-from steerkit.tiny.tasks import TASKS, load_task, task_of
+from steerkit.tiny.tasks import TASKS
 
 EVERY = pytest.mark.parametrize("name", list(TASKS))
 FORMS = pytest.mark.parametrize("conflict", [False, True], ids=["easy", "conflict"])
@@ -102,7 +103,7 @@ def test_each_span_is_found_in_its_prompt(tiny, name, conflict):
     _, tokenizer = tiny
     for e, p in zip(
         rows := TASKS[name].examples(20, seed=3, conflict=conflict),
-        prompts(tokenizer, rows),
+        to_prompts(tokenizer, rows),
         strict=True,
     ):
         ((start, end),) = p.spans
@@ -281,19 +282,19 @@ def test_paraphrases_are_asked_for_by_name(tiny):
     model, tokenizer = tiny
     bare = [e._replace(paraphrases=()) for e in TASKS["counterfact"].examples(2, seed=0)]
     with pytest.raises(ValueError, match="has no paraphrases"):
-        compare(model, tokenizer, bare, asked="paraphrases")
+        compare(model, tokenizer, bare, paraphrased=True)
 
 
 def test_an_example_without_answer_cannot_be_scored_by_its_answer(tiny):
     with pytest.raises(ValueError, match=r"example without answer .*give one"):
-        prompts(tiny[1], [example(answer=" ", messages=(Message("user", "Hello"),))])
+        to_prompts(tiny[1], [example(answer=" ", messages=(Message("user", "Hello"),))])
 
 
 # --- the real data -----------------------------------------------------------------------------
 
 BIOS = [
     {"raw": "Ida Fox is a nurse. She likes soup.", "title": "nurse", "name": ["Ida", "", "Fox"]},
-    {"raw": "Dr. Bo Lee writes. He is tall.", "title": "poet", "name": "Bo Lee"},
+    {"raw": "Dr. Bo Lee writes. He is tall.", "title": "poet", "name": ["Bo", "", "Lee"]},
 ]
 FACTS = [
     {
@@ -308,16 +309,9 @@ FACTS = [
 ]
 
 
-def written(path, rows):
-    lines = [json.dumps(row) for row in rows]
-    path.write_text("\n".join(lines) if path.suffix == ".jsonl" else json.dumps(rows))
-    return path
-
-
 @pytest.mark.parametrize("name", ["json", "pronouns", "biasbios"])
-@pytest.mark.parametrize("kind", ["bios.jsonl", "bios.json"])
-def test_biographies_are_read_from_a_file(tmp_path, name, kind):
-    task, (ida, bo) = load_task(name, written(tmp_path / kind, BIOS))
+def test_biographies_become_examples(name):
+    task, (ida, bo) = load_task(TASKS[name], BIOS)
     assert task.name == name
     assert ida.span in ida.messages[0].content
     assert "Ida Fox" in ida.messages[0].content
@@ -332,15 +326,23 @@ def test_biographies_are_read_from_a_file(tmp_path, name, kind):
         assert task.strict("Ida Fox is a nurse. They like soup.", ida) == 1
 
 
-def test_columns_may_have_other_names_and_csv_will_do(tmp_path):
-    path = tmp_path / "bios.csv"
-    path.write_text("bio,title,name\nIda Fox is a nurse.,nurse,Ida Fox\n")
-    _, (ida,) = load_task("biasbios", path, columns={"text": "bio"})
-    assert ida.span == "Ida Fox is a nurse."
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("b.jsonl", "\n".join(json.dumps(record) for record in BIOS)),
+        ("b.json", json.dumps(BIOS)),
+        ("b.csv", "raw,title,name\nIda Fox is a nurse. She likes soup.,nurse,Ida Fox\n"),
+    ],
+)
+def test_files_are_read_by_datasets(tmp_path, file, text):
+    pytest.importorskip("datasets")
+    (tmp_path / file).write_text(text)
+    ida = load_task(TASKS["json"], tmp_path / file, n=1)[1]
+    assert ida == load_task(TASKS["json"], BIOS, n=1)[1]
 
 
-def test_counterfactuals_are_read_from_a_file(tmp_path, tiny):
-    task, (fact,) = load_task("counterfact", written(tmp_path / "facts.json", FACTS))
+def test_counterfactuals_become_examples(tiny):
+    task, (fact,) = load_task(TASKS["counterfact"], FACTS)
     assert fact.span == "Currently, The mother tongue of Ida Fox is English."
     assert fact.messages[0].content == (
         "Previously, The mother tongue of Ida Fox is French. "
@@ -348,47 +350,30 @@ def test_counterfactuals_are_read_from_a_file(tmp_path, tiny):
     )
     assert fact.candidates == ("English", "French")
     assert len(fact.paraphrases) == 2
-    found = evaluate(*tiny, task, [fact], max_new_tokens=2)  # runs on any chat model
-    assert found.scores["PS"].item() in (0, 0.5, 1)
-
-
-def test_a_data_set_is_read_by_datasets(tmp_path):
-    pytest.importorskip("datasets")
-    (tmp_path / "bios").mkdir()
-    written(tmp_path / "bios" / "train.jsonl", [BIOS[1]])
-    _, (bo,) = load_task("json", tmp_path / "bios")
-    assert bo.value == "poet"
+    measured = evaluate(*tiny, task, [fact], max_new_tokens=2)  # runs on any chat model
+    assert measured.scores["PS"].item() in (0, 0.5, 1)
 
 
 @pytest.mark.parametrize(
-    ("name", "file", "text", "said"),
+    ("name", "file", "text", "message"),
     [
-        ("json", "b.jsonl", '{"raw": "x", "name": "y"}', r"no column 'title' .*columns=\{"),
+        ("json", "b.jsonl", '{"raw": "x", "name": "y"}', r"no column 'title' .*rename_columns"),
         ("counterfact", "b.jsonl", '{"raw": "x"}', "no column 'requested_rewrite'"),
-        (
-            "biasbios",
-            "b.jsonl",
-            '{"hard_text": "x", "profession": 3}',
-            "lacks the sentence",
-        ),
         ("json", "b.jsonl", '{"raw": "x", "na', "cannot be read as jsonl"),
-        ("json", "b.jsonl", "", "no rows in it"),
+        ("json", "b.csv", "raw,title,name\n", "cannot be read as csv .*no data"),
         ("json", "b.txt", "hello", "expected a .json, .jsonl or .csv file"),
         ("json", "absent.json", None, "no such file"),
-        ("poems", "b.jsonl", "", "task 'poems': expected one of json, pronouns"),
     ],
 )
-def test_a_bad_file_is_one_clear_error(tmp_path, name, file, text, said):
+def test_a_bad_file_is_one_clear_error(tmp_path, name, file, text, message):
+    pytest.importorskip("datasets")
     path = tmp_path / file
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ValueError, match=said):
-        load_task(name, path)
+    with pytest.raises(ValueError, match=message):
+        load_task(TASKS[name], path)
 
 
-def test_unknown_columns_and_tasks_are_named(tmp_path):
-    path = written(tmp_path / "b.jsonl", BIOS)
-    with pytest.raises(ValueError, match=r"columns \['bio'\]: task json reads"):
-        load_task("json", path, columns={"bio": "raw"})
-    with pytest.raises(ValueError, match="task 'x': expected one of"):
-        task_of("x")
+def test_no_records_are_refused():
+    with pytest.raises(ValueError, match="no records for task json"):
+        load_task(TASKS["json"], [])

@@ -1,14 +1,21 @@
-"""Which heads to steer: PASTA's Algorithm 1 (2311.02262, section 3.2) and what is chosen from it.
+"""Which heads to steer: Algorithm 1 of PASTA (2311.02262, section 3.2).
 
-Each head is steered alone and scored on a profiling set. The score of a prompt is the mean
-log-probability (nats) per token of its right answer, teacher forced. Axes: N prompts, L layers, H
-query heads.
+Steer one head alone, score the model on profiling prompts, repeat for every head, take the best. A
+prompt's score is the mean log-probability (nats) per token of its right answer, teacher forced.
+
+- `naive_scores` is that loop, one forward per head.
+- `score_heads` returns the same scores; it computes once what steering a head cannot change.
+- `screen_heads` finds the best heads for a tenth of the price: one backward pass ranks all heads,
+  and only the most promising are scored.
+- `select_heads`, `shared_top_k`, `random_heads`: which heads to steer, given the scores.
+
+Axes: N prompts, L layers, H query heads.
 """
 
 import json
+import os
 import random
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,57 +24,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from tqdm import tqdm
+from transformers import PreTrainedModel as Model
 
 from steerkit.attention.hook import trace_attention
-from steerkit.files import write_json, write_text
-from steerkit.steering.pasta import Head, emphasise, refuse_alpha
+from steerkit.files import write_text
+from steerkit.steering.key_bias import Head, heads_by_layer
+from steerkit.steering.pasta import check_alpha, emphasise
+from steerkit.steering.scoring import Prompt, PromptBatch, answer_scores, padded
 
-_KIND = "steerkit head table 1"
-
-
-class Prompt(NamedTuple):
-    """Token ids of a prompt, its spans [start, end), and the ids of the right answer."""
-
-    ids: list[int]
-    spans: list[tuple[int, int]]
-    answer: list[int]
-
-
-def padded(prompts: Sequence[Prompt], pad: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, keep, target (B,T): prompt and answer, padded on the right, where no row looks.
-
-    `keep`: tokens of full weight, which are the spans, the answer and the padding. `target`: the
-    answer's tokens.
-    """
-    T = max(len(p.ids) + len(p.answer) for p in prompts)
-    ids = torch.full((len(prompts), T), pad)
-    keep, target = torch.ones(2, len(prompts), T, dtype=torch.bool)
-    target[:] = False
-    for row, p in enumerate(prompts):
-        _check(p)
-        n = len(p.ids)
-        ids[row, : n + len(p.answer)] = torch.tensor([*p.ids, *p.answer])
-        keep[row, :n] = False
-        for start, end in p.spans:
-            keep[row, start:end] = True
-        target[row, n : n + len(p.answer)] = True
-    return ids, keep, target
-
-
-def _check(prompt: Prompt) -> None:
-    n = len(prompt.ids)
-    if not prompt.spans or any(not 0 <= start < end <= n for start, end in prompt.spans):
-        raise ValueError(
-            f"spans {prompt.spans} of a prompt of {n} tokens: expected at least one, and "
-            "0 <= start < end <= length"
-        )
-
-
-def answer_scores(logits: Tensor, ids: Tensor, target: Tensor) -> Tensor:
-    """Mean log-probability per answer token: logits (B,T,V), ids and target (B,T) -> (B,)."""
-    told = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    return (told * target[:, 1:]).sum(1) / target[:, 1:].sum(1)
+_TOKENS = {"cpu": 1024}  # in one forward; more is no faster there, and an accelerator wants more
+_TOKENS_ELSEWHERE = 8192
 
 
 # --- the table ---------------------------------------------------------------------------------
@@ -77,8 +44,8 @@ def answer_scores(logits: Tensor, ids: Tensor, target: Tensor) -> Tensor:
 class HeadTable:
     """Every head's score on every prompt, and the score with no head steered.
 
-    `scores` (N,L,H), NaN where a head was not scored; `baseline` (N,); `about`: model, prompts,
-    alpha, by which a table on disk is recognised.
+    `scores` (N,L,H), NaN where a head was not scored; `baseline` (N,); `about` says of which model,
+    task, alpha and number of prompts.
     """
 
     scores: Tensor
@@ -107,8 +74,21 @@ class HeadTable:
         return ranked[:k]
 
     def save(self, path: str | Path) -> None:
-        """As JSON, in one step."""
-        _store(Path(path), self.about, self.scores, self.baseline)
+        """As JSON, in one step: a killed search leaves a whole table behind."""
+        stored = {"about": self.about, "baseline": self.baseline.tolist()}
+        write_text(Path(path), json.dumps(stored | {"scores": self.scores.tolist()}))
+
+
+def load_table(path: str | Path) -> HeadTable:
+    """A table that `save` or `score_heads(path=...)` wrote."""
+    try:
+        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        scores, baseline = torch.tensor(stored["scores"]), torch.tensor(stored["baseline"])
+        return HeadTable(scores, baseline, stored["about"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: not a whole head table ({error}); delete it, or restore a copy"
+        ) from error
 
 
 def rank(mean: Tensor) -> list[Head]:
@@ -118,156 +98,136 @@ def rank(mean: Tensor) -> list[Head]:
     return [head for head in heads if not mean[head].isnan()]
 
 
-def load_table(path: str | Path) -> HeadTable:
-    """A table that `save` or `score_heads(resume=...)` wrote."""
-    about, scores, baseline = _read(Path(path))
-    return HeadTable(scores, baseline, about)
+def _new_table(model: Model, prompts: Sequence[Prompt], alpha: float, task: str) -> HeadTable:
+    check_alpha(alpha)
+    _check_prompts(prompts)
+    N = len(prompts)
+    about = {"model": model.name_or_path, "task": task, "alpha": alpha, "prompts": N}
+    scores = torch.full((N, *shape(model)), torch.nan)
+    return HeadTable(scores, torch.full((N,), torch.nan), about)
 
 
-def _store(path: Path, about: Mapping[str, Any], scores: Tensor, baseline: Tensor) -> None:
-    rows = [[round(x, 7) for x in row] for row in scores.flatten(1).tolist()]
-    write_json(
-        path,
-        {
-            "kind": _KIND,
-            "about": about,
-            "shape": list(scores.shape),
-            "baseline": baseline.tolist(),
-            "scores": [json.dumps(row).replace(" ", "") for row in rows],  # a line per prompt
-        },
-    )
-
-
-def _read(path: Path) -> tuple[dict[str, Any], Tensor, Tensor]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["kind"] != _KIND:
-            raise ValueError(f"kind {found['kind']!r}")
-        scores = torch.tensor([json.loads(row) for row in found["scores"]], dtype=torch.float32)
-        baseline = torch.tensor([float(x) for x in found["baseline"]])
-        return found["about"], scores.reshape(found["shape"]), baseline
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+def _check_prompts(prompts: Sequence[Prompt]) -> None:
+    if not prompts:
+        raise ValueError("no prompts: the heads are scored on at least one")
+    for ids, spans, _ in prompts:
+        if not spans or any(not 0 <= start < end <= len(ids) for start, end in spans):
+            raise ValueError(
+                f"spans {spans} of a prompt of {len(ids)} tokens: expected at least one, and "
+                "0 <= start < end <= length"
+            )
+    if empty := [i for i, prompt in enumerate(prompts) if not prompt.answer]:
         raise ValueError(
-            f"{path}: not a whole head table ({error}); was it cut? delete it, or restore a copy"
-        ) from error
+            f"prompts {empty[:5]} have no answer: heads are scored by the answer's "
+            "log-probability; give answers, or rank by replies with score_heads_by"
+        )
 
 
-def describe(model: PreTrainedModel, prompts: Sequence[Prompt], alpha: float) -> dict[str, Any]:
-    """What a table is about: changes when the model's weights, the prompts or alpha do."""
-    crc = 0
-    for tensor in model.state_dict().values():  # the ends of each tensor tell models apart
-        if tensor.is_meta:  # offloaded
-            continue
-        ends = torch.cat([tensor.flatten()[:64], tensor.flatten()[-64:]]).float().cpu()
-        crc = zlib.crc32(ends.numpy().tobytes(), crc)
-    text = json.dumps([list(p) for p in prompts])
-    return {
-        "model": type(model).__name__,
-        "weights": f"{crc:08x}",
-        "prompts": f"{zlib.crc32(text.encode()):08x}",
-        "alpha": alpha,
-        "score": "mean log-probability per answer token (nats)",
-    }
-
-
-# --- scoring -----------------------------------------------------------------------------------
-
-
-def score_heads(
-    model: PreTrainedModel,
-    examples: Sequence[Prompt],
-    *,
-    heads: Iterable[tuple[int, int]] | None = None,
-    alpha: float = 0.01,
-    resume: str | Path | None = None,
-    batch: int = 16,
-    save_every: float = 10.0,
-) -> HeadTable:
-    """Score every head (or `heads`) alone on all prompts: Algorithm 1, exactly.
-
-    The result is the naive loop's (`naive_scores`): prompts and layers share what steering one head
-    does not change (see `replay`). With `resume` the table is kept in that file, written at most
-    every `save_every` seconds, and a later call goes on where it ends. Under `accelerate launch`
-    each process scores its share of the heads and all return the whole table. `batch` prompts at a
-    time, halved when memory runs out.
-    """
-    from steerkit.steering.search import complete  # which imports this module
-
-    refuse_alpha(alpha)
-    refuse_examples(examples)
-    about = describe(model, examples, alpha)
-    L, H = shape(model)
-    wanted = every_head(L, H) if heads is None else [Head(*h) for h in heads]
-    check_heads(wanted, (L, H))
-    scores = torch.full((len(examples), L, H), torch.nan)
-    table = HeadTable(scores, torch.full((len(examples),), torch.nan), about)
-    options = {"alpha": alpha, "batch": batch, "save_every": save_every}
-    return complete(model, examples, wanted, table, resume=resume, **options)
+# --- Algorithm 1 -------------------------------------------------------------------------------
 
 
 def naive_scores(
-    model: PreTrainedModel,
-    examples: Sequence[Prompt],
+    model: Model,
+    prompts: Sequence[Prompt],
     *,
     heads: Iterable[tuple[int, int]] | None = None,
     alpha: float = 0.01,
     batch: int = 16,
 ) -> HeadTable:
-    """The loop as the paper says it, one head after another, one whole forward each: the oracle."""
-    refuse_alpha(alpha)
-    refuse_examples(examples)
-    L, H = shape(model)
-    wanted = every_head(L, H) if heads is None else [Head(*h) for h in heads]
-    scores = torch.full((len(examples), L, H), torch.nan)
-    for head in wanted:
-        scores[(slice(None), *head)] = forced(model, examples, [head], alpha=alpha, batch=batch)
-    baseline = forced(model, examples, [], alpha=alpha, batch=batch)
-    return HeadTable(scores, baseline, describe(model, examples, alpha))
+    """Algorithm 1 as the paper says it: steer one head after another, one whole forward each."""
+    table = _new_table(model, prompts, alpha, "")
+    score = partial(answer_scores_with_heads, model, prompts, alpha=alpha, batch=batch)
+    table.baseline[:] = score([])
+    for layer, index in _chosen(model, heads):
+        table.scores[:, layer, index] = score([(layer, index)])
+    return table
 
 
 @torch.no_grad()
-def forced(
-    model: PreTrainedModel,
-    examples: Sequence[Prompt],
+def answer_scores_with_heads(
+    model: Model,
+    prompts: Sequence[Prompt],
     heads: Iterable[tuple[int, int]],
     *,
     alpha: float = 0.01,
     batch: int = 16,
 ) -> Tensor:
-    """Scores (N,) with any set of heads steered together; none: un-steered."""
-    found, heads = [], list(heads)
-    for start in range(0, len(examples), batch):
-        ids, keep, target = padded(examples[start : start + batch])
-        with emphasise(model, keep, heads, alpha=alpha) if heads else nullcontext():
-            logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-        found.append(answer_scores(logits.cpu(), ids, target))
-    return torch.cat(found)
+    """Scores (N,) of the prompts with `heads` steered together; no heads: without steering."""
+    scores, heads = [], list(heads)
+    for start in range(0, len(prompts), batch):
+        ids, inside, target = padded(prompts[start : start + batch])
+        with emphasise(model, inside, heads, alpha=alpha) if heads else nullcontext():
+            logits = model(input_ids=ids.to(model.device), use_cache=False).logits.cpu()
+        scores.append(answer_scores(logits[:, :-1], ids[:, 1:], target[:, 1:]))
+    return torch.cat(scores)
 
 
 def score_heads_by(
-    model: PreTrainedModel,
+    model: Model,
     measure: Callable[[Callable[..., AbstractContextManager] | None], Tensor],
     *,
     heads: Iterable[tuple[int, int]] | None = None,
     alpha: float = 0.01,
-    name: str = "a metric of replies",
 ) -> HeadTable:
     """A table by any metric: `measure(steer)` -> (N,), `steer` None or (model, spans) -> `with`.
 
     The paper's own way: one run of generations per head, for tasks without a right answer to force.
     """
-    L, H = shape(model)
     baseline = measure(None).float()
-    scores = torch.full((len(baseline), L, H), torch.nan)
-    for head in every_head(L, H) if heads is None else [Head(*h) for h in heads]:
-        scores[(slice(None), *head)] = measure(
-            partial(emphasise, heads=[head], alpha=alpha)
-        ).float()
-    return HeadTable(scores, baseline, describe(model, [], alpha) | {"score": name})
+    scores = torch.full((len(baseline), *shape(model)), torch.nan)
+    for head in _chosen(model, heads):
+        scores[:, *head] = measure(partial(emphasise, heads=[head], alpha=alpha)).float()
+    return HeadTable(scores, baseline, {"model": model.name_or_path, "alpha": alpha})
 
 
-def shape(model: PreTrainedModel) -> tuple[int, int]:
-    """Layers and query heads, asked of the model itself; the largest layer's heads."""
+def score_heads(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    heads: Iterable[tuple[int, int]] | None = None,
+    alpha: float = 0.01,
+    tokens: int | None = None,
+    path: str | Path | None = None,
+    task: str = "",
+) -> HeadTable:
+    """Score every head (or `heads`) alone on all prompts: Algorithm 1, exactly.
+
+    `tokens` is the most that one forward reads (default: 1,024 on a CPU, 8,192 elsewhere): lower it
+    when memory runs out. With `path` the table is written there as it grows, and a later call goes
+    on where it ends; the file says of which model, `task` and alpha it is. Under `accelerate
+    launch` each process scores a share of the prompts, and all return the whole table:
+
+        # search.py, run with: accelerate launch search.py
+        model, tokenizer = load("Qwen/Qwen2.5-7B-Instruct")
+        task, examples = load_task(TASKS["json"], "bios.jsonl")
+        prompts = to_prompts(tokenizer, examples)
+        table = score_heads(model, prompts, path="json.table", task="json")
+
+    >>> from steerkit import load, score_heads
+    >>> from steerkit.steering.tasks import to_prompts
+    >>> from steerkit.tiny.tasks import TASKS
+    >>> model, tokenizer = load("tiny")
+    >>> examples = TASKS["biasbios"].examples(4, seed=0, split="profile")
+    >>> table = score_heads(model, to_prompts(tokenizer, examples), heads=[(0, 0), (2, 0), (2, 3)])
+    >>> [str(head) for head in table.ranked()]
+    ['L2H3', 'L2H0', 'L0H0']
+    """
+    table = _new_table(model, prompts, alpha, task)
+    chosen = _chosen(model, heads)
+    if path is not None and Path(path).exists():
+        earlier = load_table(path)
+        if earlier.about != table.about:
+            raise ValueError(
+                f"{path}: a table of {earlier.about}, not of {table.about}; give another file, or "
+                "delete it"
+            )
+        table = earlier
+    _fill(model, prompts, table, chosen, range(len(prompts)), tokens, path)
+    return table
+
+
+def shape(model: Model) -> tuple[int, int]:
+    """Layers and query heads (of the layer that has most), asked of the model itself."""
     calls = trace_attention(model, torch.zeros(1, 1, dtype=torch.long))
     return len(calls), max(call.query.shape[1] for call in calls)
 
@@ -277,85 +237,164 @@ def every_head(layers: int, heads: int) -> list[Head]:
     return [Head(layer, index) for layer in range(layers) for index in range(heads)]
 
 
-def refuse_examples(examples: Sequence[Prompt]) -> None:
-    """ValueError for no examples, or for one without an answer or with spans not in the prompt."""
-    if not examples:
-        raise ValueError("no examples: the heads are scored on at least one prompt")
-    for example in examples:
-        _check(example)
-    if empty := [i for i, p in enumerate(examples) if not p.answer]:
-        raise ValueError(
-            f"examples {empty[:5]} have no answer: heads are scored by the answer's "
-            "log-probability; give answers, or rank by replies with score_heads_by"
-        )
+def _chosen(model: Model, heads: Iterable[tuple[int, int]] | None) -> list[Head]:
+    """`heads` (None: all) layer by layer, if the model has them."""
+    calls = trace_attention(model, torch.zeros(1, 1, dtype=torch.long))
+    chosen = heads_by_layer(heads, calls)
+    return [Head(layer, index) for layer in sorted(chosen) for index in chosen[layer]]
 
 
-def check_heads(heads: Iterable[Head], size: tuple[int, int], source: str = "heads") -> None:
-    """ValueError unless all heads are of a model of `size` (layers, heads)."""
-    outside = [h for h in heads if not (0 <= h[0] < size[0] and 0 <= h[1] < size[1])]
-    if outside:
-        raise ValueError(
-            f"{source}: {Head(*outside[0])} is not in a model of {size[0]} layers of {size[1]} "
-            "heads; are these heads another model's?"
-        )
+def _fill(
+    model: Model,
+    prompts: Sequence[Prompt],
+    table: HeadTable,
+    heads: Sequence[Head],
+    which: Iterable[int],
+    tokens: int | None,
+    path: str | Path | None = None,
+) -> None:
+    """Write the scores of `heads` on the prompts `which` into the table, where they are missing."""
+    layer, index = torch.tensor(heads).T
+    missing = [i for i in which if table.scores[i, layer, index].isnan().any()]
+    tokens = tokens or _TOKENS.get(model.device.type, _TOKENS_ELSEWHERE)
+    writes = path is not None and os.environ.get("RANK", "0") == "0"
+    batches = list(_batches(prompts, missing, tokens // table.scores.shape[2]))
+    for batch in tqdm(_own_share(batches), unit="batch", delay=2, leave=False):
+        scorer = PromptBatch(model, [prompts[i] for i in batch], table.about["alpha"])
+        table.baseline[batch] = scorer.baseline
+        table.scores[torch.tensor(batch)[:, None], layer, index] = scorer.scores(heads, tokens)
+        if writes:
+            table.save(path)
+    _gather(table)
+    if writes:
+        table.save(path)
 
 
-# --- the official head files -------------------------------------------------------------------
+def _batches(prompts: Sequence[Prompt], which: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Prompts of similar first span and length together, at most `tokens` tokens with padding."""
+    batch: list[int] = []
+    for i in sorted(which, key=lambda i: (prompts[i].first // 4, prompts[i].length)):
+        longer = [*batch, i]
+        width = max(prompts[j].length for j in longer) - min(prompts[j].first for j in longer)
+        if batch and len(longer) * width > tokens:
+            yield batch
+            longer = [i]
+        batch = longer
+    if batch:
+        yield batch
 
 
-def write_heads(path: str | Path, heads: Iterable[tuple[int, int]]) -> None:
-    """The official library's format, {"layer": [heads]}."""
-    rows: dict[str, list[int]] = {}
-    for layer, index in heads:
-        rows.setdefault(str(layer), []).append(index)
-    write_text(Path(path), json.dumps(rows) + "\n")
+def _own_share(batches: list[list[int]]) -> list[list[int]]:
+    """This process's batches, under `accelerate launch`."""
+    if not _several_processes():
+        return batches
+    from accelerate import PartialState
+
+    with PartialState().split_between_processes(batches) as own:
+        return own
 
 
-def read_heads(path: str | Path, model: PreTrainedModel | None = None) -> list[Head]:
-    """Heads of an official file; with `model`, ValueError when it cannot have them."""
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-        heads = [Head(int(layer), index) for layer, row in rows.items() for index in row]
-        if not all(isinstance(h.index, int) and h.layer >= 0 <= h.index for h in heads):
-            raise ValueError("an index is not a number from 0")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f'{path}: not a head file ({error}); expected {{"layer": [heads]}}'
-        ) from error
-    if not heads:
-        raise ValueError(f"{path}: no heads in it")
-    if model is not None:
-        check_heads(heads, shape(model), str(path))
-    return heads
+def _gather(table: HeadTable) -> None:
+    """Put the scores of all processes into the table of each."""
+    if not _several_processes():
+        return
+    from accelerate.utils import gather_object
+
+    for scores, baseline in gather_object([(table.scores, table.baseline)]):
+        table.scores.copy_(scores.where(~scores.isnan(), table.scores))
+        table.baseline.copy_(baseline.where(~baseline.isnan(), table.baseline))
 
 
-# --- choosing ----------------------------------------------------------------------------------
+def _several_processes() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+# --- the screen --------------------------------------------------------------------------------
+
+
+class ScreeningResult(NamedTuple):
+    """`table`: exact scores of the finalists on all prompts, of others on some or none (NaN).
+
+    `slopes` (L,H): the guess. `rounds`: (heads, prompts) that were scored exactly, in turn.
+    """
+
+    table: HeadTable
+    slopes: Tensor
+    rounds: list[tuple[int, int]]
+
+
+def bias_slopes(
+    model: Model, prompts: Sequence[Prompt], *, alpha: float = 0.01, batch: int = 16
+) -> Tensor:
+    """First-order guess of what steering each head does to each score: (N,L,H), nats.
+
+    Steering adds s log(alpha) to a head's scores outside the spans, s from 0 to 1. One backward
+    pass gives the slope in s at s = 0 for every head.
+    """
+    check_alpha(alpha)
+    _check_prompts(prompts)
+    parts = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+    return torch.cat([PromptBatch(model, part, alpha).slopes() for part in parts])
+
+
+def screen_heads(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    keep: int = 4,
+    alpha: float = 0.01,
+    share: float = 0.25,
+    tokens: int | None = None,
+    seed: int = 0,
+) -> ScreeningResult:
+    """The best `keep` heads, probably: slopes on a `share` of the prompts, then halving.
+
+    A twelfth of the heads, at least `keep` + 2, is scored exactly on some prompts. Each round
+    halves the heads and doubles the prompts, until `keep` + 2 heads have met all prompts.
+    """
+    table = _new_table(model, prompts, alpha, "")
+    N, finalists, heads = len(prompts), keep + 2, table.scores[0].numel()
+    if not 1 <= keep <= heads - 2:
+        raise ValueError(f"keep={keep}: expected 1 <= keep <= {heads - 2} of {heads} heads")
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share}: expected a part of the prompts in (0, 1]")
+    order = random.Random(f"screen {seed}").sample(range(N), N)
+    sample = [prompts[i] for i in order[: max(1, round(share * N))]]
+    slopes = bias_slopes(model, sample, alpha=alpha).mean(0)
+    candidates, rounds, scored = rank(slopes)[: max(finalists, heads // 12)], [], 0
+    halvings = (len(candidates) // finalists).bit_length() - 1
+    for halving in reversed(range(halvings + 1)):
+        until = max(1, N >> halving)
+        _fill(model, prompts, table, sorted(candidates), order[scored:until], tokens)
+        rounds.append((len(candidates), until))
+        best = rank(table.scores[order[:until]].mean(0))  # only candidates have no NaN there
+        candidates, scored = best[: max(finalists, len(candidates) // 2)], until
+    return ScreeningResult(table, slopes, rounds)
+
+
+def screening_regret(screen: ScreeningResult, table: HeadTable, k: int) -> dict[str, float]:
+    """What screening lost against the whole search, at `k` heads.
+
+    "found": share of the true top k that is among the screen's. "regret": nats per answer token by
+    which the mean score of the screen's heads is below that of the true ones.
+    """
+    true, screened, mean = table.top(k), screen.table.top(k), table.mean
+    regret = sum(mean[h].item() for h in true) / k - sum(mean[h].item() for h in screened) / k
+    return {"found": len(set(true) & set(screened)) / k, "regret": regret}
+
+
+# --- which heads to steer ----------------------------------------------------------------------
 
 
 def intersection(tables: Iterable[HeadTable], k: int) -> list[Head]:
-    """Heads among the top `k` of every table, by mean rank: multi-task selection.
-
-    Of all tables but one task's own: task-agnostic selection for that task.
-    """
-    return _together(tables, k, all)
-
-
-def union(tables: Iterable[HeadTable], k: int) -> list[Head]:
-    """Heads among the top `k` of any table, by mean rank."""
-    return _together(tables, k, any)
-
-
-def _together(
-    tables: Iterable[HeadTable], k: int, how: Callable[[Iterable[bool]], bool]
-) -> list[Head]:
+    """Heads among the top `k` of every table, by mean rank."""
     tables = list(tables)
-    tops = [set(table.top(k)) for table in tables]
     ranks = [{head: i for i, head in enumerate(table.ranked())} for table in tables]
-    chosen = [h for h in ranks[0] if how(h in top for top in tops)]
-    return sorted(chosen, key=lambda h: sum(rank[h] for rank in ranks))
+    shared = set.intersection(*(set(table.top(k)) for table in tables))
+    return sorted(sorted(shared), key=lambda head: sum(ranking[head] for ranking in ranks))
 
 
-def common(tables: Sequence[HeadTable], size: int) -> tuple[list[Head], int]:
+def shared_top_k(tables: Sequence[HeadTable], size: int) -> tuple[list[Head], int]:
     """The intersection of the smallest top-k that holds at least `size` heads, and that k."""
     n = len(tables[0].ranked())
     if not 1 <= size <= n:
@@ -364,7 +403,7 @@ def common(tables: Sequence[HeadTable], size: int) -> tuple[list[Head], int]:
     return intersection(tables, k)[:size], k
 
 
-def choices(tables: Mapping[str, HeadTable], task: str, size: int) -> dict[str, list[Head]]:
+def select_heads(tables: Mapping[str, HeadTable], task: str, size: int) -> dict[str, list[Head]]:
     """`size` heads for `task` as the paper chooses them, from the tables of several tasks.
 
     "task-specific": its own best. "multi-task": the best of all tables together. "task-agnostic":
@@ -372,8 +411,8 @@ def choices(tables: Mapping[str, HeadTable], task: str, size: int) -> dict[str, 
     """
     others = [table for name, table in tables.items() if name != task]
     return {
-        "task-agnostic": common(others, size)[0],
-        "multi-task": common(list(tables.values()), size)[0],
+        "task-agnostic": shared_top_k(others, size)[0],
+        "multi-task": shared_top_k(list(tables.values()), size)[0],
         "task-specific": tables[task].top(size),
     }
 
@@ -401,7 +440,7 @@ def stability(table: HeadTable, k: int, *, resamples: int = 500, seed: int = 0) 
     draw = torch.Generator().manual_seed(seed)
     often = torch.zeros(table.mean.shape)
     for _ in range(resamples):
-        rows = torch.randint(N, (N,), generator=draw)
-        for head in rank(table.scores[rows].mean(0))[:k]:
+        drawn = torch.randint(N, (N,), generator=draw)
+        for head in rank(table.scores[drawn].mean(0))[:k]:
             often[head] += 1 / resamples
     return often

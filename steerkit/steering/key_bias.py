@@ -1,22 +1,25 @@
-"""One bias per key on the door: what PASTA and its relatives have in common.
+"""One bias per key and head: what PASTA and the other steering methods have in common.
 
-strength(query) times column(key) is added to the scores of chosen heads. Being a product, it folds
-into one more dimension of queries and keys, so the causal kernel stays and no (Q,K) mask is made;
-a single query, and a CPU's kernel, take it as a mask of one row. Axes: B batch, H query heads, Q/K
-query/key positions, D head size, T prompt tokens.
+A method adds a bias to the attention scores of the prompt's keys in chosen heads, before the
+softmax. The bias is strength(query) times bias(key), and a product fits into the dot product of
+query and key: prefill appends one dimension to both. So the causal kernel stays, and no (Q,K) mask
+is made. Decoding has one query, and adds the bias as a (B,H,1,K) mask.
+
+Axes: B batch, H query heads, Q/K query/key positions, D head size, T tokens of the spans' mask,
+P prompt tokens.
 """
 
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel as Model
 
 from steerkit.attention.hook import (
     AttentionCall,
@@ -25,21 +28,19 @@ from steerkit.attention.hook import (
     trace_attention,
     use_attention_function,
 )
-from steerkit.steering.prompt_bias import Columns, PromptBias, announced
+from steerkit.spans import Spans, span_mask
 
-# A row of biases is made for so many keys more than asked for, and serves that many steps.
-_ROOM = 256
 # The fast kernels of accelerators want head sizes that are multiples of 8; a CPU's take any.
 _ALIGN = {"cpu": 1}
-# The kernel behind SDPA on a CPU takes a mask beside the causal one, which SDPA refuses: a row of
-# biases costs it 3 % of a forward, one more dimension up to 15 % (measured at head size 32).
-_KERNEL = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-# It knows grouped queries since torch 2.9 (pytorch #157893), and does not check for them.
-_GROUPS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 9)
 
 
 class Head(NamedTuple):
-    """One attention head: `layer` and `index` count from 0, `index` counts *query* heads."""
+    """One attention head: `layer` and `index` count from 0, `index` counts *query* heads.
+
+    >>> from steerkit import Head
+    >>> str(Head(layer=2, index=3))
+    'L2H3'
+    """
 
     layer: int
     index: int
@@ -53,47 +54,51 @@ Heads = Iterable[tuple[int, int]] | Mapping[str, Iterable[int]]
 
 
 Strength = Callable[[AttentionCall, Tensor], Tensor]
-"""(call, column (B,K)) -> (B,H,Q), by which each query multiplies the column."""
+"""(call, bias (B,K)) -> (B,H,Q), the factor by which each query multiplies the bias."""
 
 
 @contextmanager
 def key_bias(
-    model: PreTrainedModel,
-    columns: Columns,
+    model: Model,
+    spans: Spans,
     heads: Heads | None = None,
     *,
+    inside: float = 0.0,
+    outside: float = 0.0,
     keep_sinks: int = 0,
     strength: Strength | None = None,
 ) -> Iterator[None]:
-    """Add `columns` to the scores of the prompt's keys in `heads` (None: all) inside the `with`.
+    """Bias the prompt's keys in `heads` (None: all) in every forward inside the `with`.
 
+    Scores of the spans' keys get `inside` nats, scores of the prompt's other keys get `outside`.
     Keys after the prompt get 0, and so do the first `keep_sinks` real tokens.
     """
     if keep_sinks < 0:
         raise ValueError(f"keep_sinks={keep_sinks}: expected 0 or more first tokens")
     calls = trace_attention(model, torch.zeros(1, 1, dtype=torch.long))
-    chosen = _by_layer(heads, calls)
-    prompt = PromptBias(columns, keep_sinks)
-    active = bool((columns.bias != 0).any() or (columns.outside != 0).any())
-    # Every layer is taken, so that a second `with` is refused whichever heads it steers.
-    edits: dict[nn.Module, Edit] = {
-        call.module: _steered(prompt, chosen[layer], strength)
-        if active and layer in chosen
+    chosen = heads_by_layer(heads, calls)
+    prompt = PromptState(spans, inside, outside, keep_sinks)
+    # Without a bias every layer keeps its stock call, so that the result is bit-equal.
+    chosen = chosen if inside or outside else {}
+    # All layers are attached, so that a second `with` is refused whichever heads it steers.
+    edits = {
+        call.module: _biased(prompt, call, chosen[layer], strength)
+        if layer in chosen
         else AttentionCall.attend
         for layer, call in enumerate(calls)
     }
-    with use_attention_function(model), attach_to_modules(edits), announced(model, prompt):
+    with use_attention_function(model), attach_to_modules(edits), track_prompt(model, prompt):
         yield
-    prompt.end()
+    prompt.check_complete()
 
 
-def _by_layer(heads: Heads | None, calls: Sequence[AttentionCall]) -> dict[int, list[int]]:
+def heads_by_layer(heads: Heads | None, calls: Sequence[AttentionCall]) -> dict[int, list[int]]:
     """{layer: [query heads]}, checked against the model's own `calls`."""
     sizes = [call.query.shape[1] for call in calls]
     if heads is None:
         return {layer: list(range(size)) for layer, size in enumerate(sizes)}
     if isinstance(heads, Mapping):
-        heads = [(int(layer), index) for layer, row in heads.items() for index in row]
+        heads = [(int(layer), index) for layer, indices in heads.items() for index in indices]
     chosen: dict[int, list[int]] = defaultdict(list)
     for layer, index in heads:
         if not 0 <= layer < len(sizes):
@@ -107,99 +112,197 @@ def _by_layer(heads: Heads | None, calls: Sequence[AttentionCall]) -> dict[int, 
     return chosen
 
 
-def _steered(prompt: PromptBias, heads: list[int], strength: Strength | None) -> Edit:
-    row = _Row(prompt, heads)
+def _biased(
+    prompt: "PromptState", call: AttentionCall, heads: list[int], strength: Strength | None
+) -> Edit:
+    """The edit of one layer; `call` is any earlier call of it."""
+    steered = torch.zeros(call.query.shape[1], 1, device=call.query.device)
+    steered[heads] = 1
 
     def edit(call: AttentionCall) -> Tensor:
-        if strength is None and call.query.shape[2] == 1:
-            call.mask = _plus(row.of(call), call.mask)
-            return call.attend()
-        column = prompt.column(call)
-        on = row.switch(call)[:, None]
-        return attend_biased(call, on if strength is None else on * strength(call, column), column)
+        bias = prompt.bias_of(call)
+        factor = steered if strength is None else steered * strength(call, bias)
+        return attend_biased(call, factor, bias)
 
     return edit
 
 
-class _Row:
-    """The bias of one query in one layer, kept between steps: the prompt's part never changes."""
+class PromptState:
+    """Which cached keys belong to the prompt, through prefill, chunks, decoding and beams.
 
-    def __init__(self, prompt: PromptBias, heads: list[int]) -> None:
-        self.prompt, self.heads = prompt, heads
-        self.key: tuple[Any, ...] = ()
+    Before each forward the state learns how many keys the cache holds (`seen`) and how many tokens
+    are `new`. A mask (B,T) states the prompt's length, P = T. Lists of spans do not: there the
+    first forward is taken for the whole prompt, P = seen + new, and T is the end of the last span.
 
-    def switch(self, call: AttentionCall) -> Tensor:
-        """1 for steered heads and 0 for others: (H,) float32."""
-        on = torch.zeros(call.query.shape[1])
-        on[self.heads] = 1
-        return on.to(call.query.device)
+        state     forward            what happens                             next state
+        -------   ----------------   --------------------------------------   ----------
+        empty     any                the prompt begins: make its bias (B,P)    prefill
+        prefill   seen < T           another chunk, or another prompt: make    prefill
+                                     the bias again (the padding is longer)
+        prefill   seen >= T          tokens after the prompt: bias as it was   decoding
+        decoding  seen >= T          the same                                  decoding
+        decoding  seen < T           another prompt: make its bias             prefill
 
-    def of(self, call: AttentionCall) -> Tensor:
-        """(B,H,1,K), a window on a longer row."""
-        B, K, prompt = call.query.shape[0], call.key.shape[2], self.prompt
-        start = prompt.first_key(1, K)
-        key = (prompt.version, B, call.query.dtype, call.query.device)
-        if self.key != key or self.longer.shape[-1] < start + K:
-            bias = prompt.rows(B, call.query.device)
-            free = max(start + K, bias.shape[1]) + _ROOM - bias.shape[1]
-            bias = F.pad(bias, (0, free))[:, None, None] * self.switch(call)[:, None, None]
-            self.key, self.longer = key, bias.to(call.query.dtype)
-        return self.longer[..., start : start + K]
+    Beams and samples: a batch of n * B repeats each prompt's bias n times. A sliding window holds
+    the last K keys, so the first key of a forward need not be the prompt's first.
+    """
+
+    def __init__(self, spans: Spans, inside: float, outside: float, keep_sinks: int) -> None:
+        self.spans, self.length_known = span_mask(spans)  # (B,T)
+        self.inside, self.outside, self.keep_sinks = inside, outside, keep_sinks
+        self.bias: Tensor | None = None  # (B,P), None in the state "empty"
+        self.seen: int | None = None  # None between forwards
+        self.total = 0  # keys in the cache after the last forward
+        self.current: dict[tuple[Any, ...], Tensor] = {}  # all layers of a forward share its bias
+
+    def begin_forward(self, seen: int, batch: int, new: int, attention_mask: object) -> None:
+        """Go to the next state; ValueError for a prompt that does not fit the spans."""
+        (B, T), total = self.spans.shape, seen + new
+        if batch % B:
+            raise ValueError(
+                f"a batch of {batch} rows, spans for {B} prompts: give spans for each prompt (rows "
+                "that continue the same prompt share them)"
+            )
+        if self.length_known:
+            decoding_too_early = total < T and seen and new == 1
+            if decoding_too_early:
+                raise ValueError(_mismatch(T, seen))
+        else:
+            if total < T:
+                raise ValueError(
+                    f"a span ends at token {T}, past the end of a prompt of {total} tokens (a "
+                    "prompt that comes in chunks takes its spans as a bool mask (B, T))"
+                )
+            cache_changed = self.bias is not None and seen >= T and seen != self.total
+            if cache_changed:
+                raise ValueError(
+                    f"the cache holds {seen} keys, not the {self.total} read so far (assisted "
+                    "decoding, a cache used twice), so where the prompt ends is unclear: give the "
+                    "spans as a bool mask (B, T)"
+                )
+        if self.bias is None or seen < T:
+            P = T if self.length_known else total
+            self.bias = self._bias_of_prompt(P, batch // B, attention_mask)
+        self.seen, self.total = seen, total
+        self.current.clear()
+
+    def end_forward(self) -> None:
+        """Between forwards a layer that is called by itself sees all keys it is given."""
+        self.seen = None
+
+    def check_complete(self) -> None:
+        """ValueError for a mask that is longer than the prompt: it was made for another one."""
+        T = self.spans.shape[1]
+        if self.length_known and 0 < self.total < T:
+            raise ValueError(_mismatch(T, self.total))
+
+    def _bias_of_prompt(self, P: int, repeats: int, attention_mask: object) -> Tensor:
+        """(B,P) float32; 0 for the first `keep_sinks` tokens that are not padding."""
+        B, T = self.spans.shape
+        real = torch.ones(B, P, dtype=torch.bool)
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            visible = attention_mask[::repeats, :P].bool().cpu()
+            real[:, : visible.shape[1]] = visible
+        elif attention_mask is not None and self.keep_sinks:
+            raise ValueError("keep_sinks needs the attention mask as (B, T), to tell padding")
+        if pads := (self.spans & ~real[:, :T]).any(dim=1).nonzero().flatten().tolist():
+            raise ValueError(
+                f"rows {pads}: a span covers padding; spans are positions in the padded prompt, "
+                "so add the padding on the left to them"
+            )
+        spans = F.pad(self.spans, (0, P - T))
+        bias = torch.where(spans, self.inside, self.outside)
+        sinks = real & (real.cumsum(dim=1) <= self.keep_sinks)
+        return bias.masked_fill(sinks, 0.0)
+
+    def bias_of(self, call: AttentionCall) -> Tensor:
+        """What is added to each key of this call: (B,K) float32."""
+        (B, _, Q, _), K = call.query.shape, call.key.shape[2]
+        key = (B, Q, K, call.key.device)
+        if key not in self.current:
+            assert self.bias is not None  # begin_forward came first
+            seen = K - Q if self.seen is None else self.seen
+            first_key = max(0, seen + Q - K)  # a sliding window has dropped those before it
+            bias = self.bias.to(call.key.device).repeat_interleave(B // len(self.bias), dim=0)
+            bias = bias[:, first_key : first_key + K]
+            self.current[key] = F.pad(bias, (0, K - bias.shape[1]))
+        return self.current[key]
+
+
+def _mismatch(T: int, length: int) -> str:
+    return (
+        f"the spans are a mask of {T} tokens, the prompt has {length}: make it from the padded "
+        "prompt"
+    )
+
+
+@contextmanager
+def track_prompt(model: Model, prompt: PromptState) -> Iterator[None]:
+    """Tell `prompt` of every forward inside the `with`, before any layer runs."""
+    decoder = model.base_model
+    signature = inspect.signature(decoder.forward)
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _refuse_eviction(decoder, args, kwargs)
+        inputs = signature.bind_partial(*args, **kwargs).arguments if args else kwargs
+        tokens, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        prompt.begin_forward(seen, *tokens.shape[:2], inputs.get("attention_mask"))
+
+    def after(*_: object) -> None:
+        prompt.end_forward()
+
+    with ExitStack() as stack:
+        for hook in (
+            decoder.register_forward_pre_hook(before, with_kwargs=True),
+            decoder.register_forward_hook(after, always_call=True),
+            # Before the hooks of the cache itself, whose complaint would say less.
+            model.register_forward_pre_hook(_refuse_eviction, with_kwargs=True, prepend=True),
+        ):
+            stack.callback(hook.remove)
+        yield
+
+
+def _refuse_eviction(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if any(getattr(value, "evicts", False) for value in (*args, *kwargs.values())):
+        raise ValueError(
+            "this cache (SinkCache) evicts and moves the prompt's keys, so spans would point at "
+            "others: steer with a cache that keeps them (leave past_key_values out)"
+        )
 
 
 # Arithmetic
 
 
-def attend_biased(call: AttentionCall, strength: Tensor, column: Tensor) -> Tensor:
-    """Attention with strength (.., H, Q or 1) times column (B,K) added to the scores -> (B,Q,H,D).
+def attend_biased(call: AttentionCall, strength: Tensor, bias: Tensor) -> Tensor:
+    """Attention with strength * bias added to the scores -> (B,Q,H,D); `call` is not changed.
 
-    PASTA in one line: strength 1 in steered heads and 0 elsewhere, column log(alpha) outside the
-    span and 0 inside. More than one query carry it in a further dimension, `strength` in the query
-    and column / scaling in the key, and the mask stays what it was; where the kernel takes a row
-    of biases as it is, it gets that.
+    `strength` (..., H, Q or 1) says how much of the bias each query takes, `bias` (B,K) float32
+    what each key offers. PASTA: strength 1 in steered heads and 0 elsewhere, bias log(alpha)
+    outside the spans and 0 inside.
     """
     B, H, Q, D = call.query.shape
     dtype = call.query.dtype
     if Q == 1:
-        call.mask = _plus((strength[..., None] * column[:, None, None]).to(dtype), call.mask)
-        return call.attend()
-    if strength.shape[-1] == 1 and _takes_a_row(call):
-        row = (strength[..., None] * column[:, None, None]).expand(B, H, 1, -1)
-        given = (call.query, call.key, call.value, 0.0, True)
-        return _KERNEL(*given, attn_mask=row, scale=call.scaling)[0].transpose(1, 2)
-    parts = _parts(column / call.scaling, dtype)
+        mask = (strength[..., None] * bias[:, None, None]).to(dtype)  # (B,H,1,K)
+        return call.attend(mask=_add_mask(mask, call.mask))
+    # scaling * [q, strength] . [k, bias / scaling] = scaling * q.k + strength * bias
+    extra = _exact_parts(bias / call.scaling, dtype)  # (B,K,n)
     align = _ALIGN.get(call.query.device.type, 8)
-    parts = F.pad(parts, (0, -(D + parts.shape[-1]) % align))  # (B,K,n)
-    n = parts.shape[-1]
+    extra = F.pad(extra, (0, -(D + extra.shape[-1]) % align))
+    n = extra.shape[-1]
     query = strength.to(dtype)[..., None].expand(B, H, Q, n)
-    key = parts[:, None].expand(B, call.key.shape[1], -1, n)
-    call.query = torch.cat([call.query, query], dim=-1)
-    call.key = torch.cat([call.key, key], dim=-1)
-    width = call.value.shape[-1]
-    call.value = F.pad(call.value, (0, n))  # the fast kernels want one width for all three
-    return call.attend()[..., :width]
-
-
-def _takes_a_row(call: AttentionCall) -> bool:
-    """A causal prompt on a CPU, with nobody to see the call, and no gradients to keep."""
-    return (
-        _KERNEL is not None
-        and call.query.device.type == "cpu"
-        and call.query.dtype != torch.float64  # the mask is float32
-        and call.mask is None
-        and call.recorder is None
-        and not call.zero_sink
-        and not torch.is_grad_enabled()
-        and not call.options.get("dropout")
-        and call.options.get("is_causal") is not False
-        and getattr(call.module, "is_causal", True)
-        and call.query.shape[2] == call.key.shape[2]
-        and call.query.shape[-1] == call.value.shape[-1]
-        and (_GROUPS or call.query.shape[1] == call.key.shape[1])
+    key = extra[:, None].expand(B, call.key.shape[1], -1, n)
+    out = call.attend(
+        query=torch.cat([call.query, query], dim=-1),
+        key=torch.cat([call.key, key], dim=-1),
+        value=F.pad(call.value, (0, n)),  # the fast kernels want one width for all three
     )
+    return out[..., : call.value.shape[-1]]
 
 
-def _parts(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _exact_parts(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Numbers (B,K,n) that add up to x: one in float32, two in half precision, which rounds."""
     high = x.to(dtype)
     if dtype.itemsize > 2:
@@ -207,7 +310,7 @@ def _parts(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack([high, (x - high).to(dtype)], dim=-1)
 
 
-def _plus(bias: Tensor, mask: Tensor | None) -> Tensor:
+def _add_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return bias
     if mask.dtype == torch.bool:
@@ -215,12 +318,11 @@ def _plus(bias: Tensor, mask: Tensor | None) -> Tensor:
     return bias + mask
 
 
-def share(call: AttentionCall, inside: Tensor) -> Tensor:
+def weight_inside(call: AttentionCall, inside: Tensor) -> Tensor:
     """Weight each query puts on the keys `inside` (B,K), before any bias -> (B,H,Q).
 
     Attention itself sums it: over values that are 1 inside and 0 outside. No weights are made.
     """
     value = torch.zeros_like(call.value)
     value[..., 0] = inside[:, None]
-    plain = replace(call, value=value, recorder=None)
-    return plain.attend()[..., 0].transpose(1, 2).float()
+    return call.attend(value=value, recorder=None)[..., 0].transpose(1, 2).float()

@@ -1,9 +1,12 @@
-"""Relatives of PASTA: other biases on the keys of a span, through the same door.
+"""Other steering methods: other biases on the keys of a span.
 
-Each adds something to the scores of the spans' keys and nothing to the others; by default in all
-layers and heads, as their papers do, where PASTA chooses heads. Spans as for `emphasise`: (start,
-end) lists by row, or a bool mask (B,T). Two of them ask every query for psi, the weight that it
-puts on the spans un-steered: one more pass of the same attention kernel, no (Q,K) weights.
+Each method adds something to the scores of the spans' keys and nothing to the other keys. By
+default it does so in all layers and heads, as its paper does; PASTA chooses heads. Spans as for
+`emphasise`: (start, end) lists by prompt, or a bool mask (B,T). Two methods need psi, the weight
+that a query puts on the spans without steering: one more pass of the attention kernel computes it,
+and no (Q,K) weights are made.
+
+Axes: B batch, H query heads, Q query positions, T prompt tokens.
 """
 
 import math
@@ -12,34 +15,42 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel as Model
 
 from steerkit.attention.hook import AttentionCall
-from steerkit.spans import Spans, span_mask
-from steerkit.steering.key_bias import Heads, Strength, key_bias, share
-from steerkit.steering.prompt_bias import Columns
+from steerkit.spans import Spans
+from steerkit.steering.key_bias import Heads, Strength, key_bias, weight_inside
 
 
 @contextmanager
 def additive_bias(
-    model: PreTrainedModel, spans: Spans, bias: float, *, heads: Heads | None = None
+    model: Model, spans: Spans, bias: float, *, heads: Heads | None = None
 ) -> Iterator[None]:
-    """Add `bias` nats to the scores of the spans' keys: weights there times exp(bias).
+    """Add `bias` nats to the scores of the spans' keys: their weights are multiplied by exp(bias).
 
-    The common form of the family. For a prompt it is PASTA with alpha = exp(-bias), but not for
-    keys generated later, which weigh as much as the spans in PASTA and as all others here.
+    The common form of the family. For the prompt it is PASTA with alpha = exp(-bias). Generated
+    keys differ: in PASTA they weigh as much as the spans, here as much as all other keys.
+
+    >>> import torch
+    >>> from steerkit import additive_bias, load
+    >>> model, tokenizer = load("tiny")
+    >>> ids = tokenizer("Clara lives in Oslo.", return_tensors="pt")["input_ids"]
+    >>> with torch.no_grad(), additive_bias(model, [[(0, 2)]], bias=0.0):
+    ...     steered = model(ids).logits
+    >>> torch.equal(steered, model(ids).logits)  # 0 nats: bit-equal to no steering
+    True
     """
     if not math.isfinite(bias):
         raise ValueError(f"bias={bias}: expected a finite number of nats (0 = no steering)")
-    with key_bias(model, _inside(spans, bias), heads):
+    with key_bias(model, spans, heads, inside=bias):
         yield
 
 
 @contextmanager
 def instaboost(
-    model: PreTrainedModel, spans: Spans, *, multiplier: float, heads: Heads | None = None
+    model: Model, spans: Spans, *, multiplier: float, heads: Heads | None = None
 ) -> Iterator[None]:
-    """InstABoost (2506.13734): weights on the instruction times `multiplier`, rows renormalised.
+    """InstABoost (2506.13734): weights on the instruction times `multiplier`, then renormalised.
 
     As in the lines its authors publish: the attention pattern of every layer and head, times the
     multiplier, divided by its sum. Their later version states a constant bias log(multiplier) on
@@ -53,9 +64,9 @@ def instaboost(
 
 @contextmanager
 def spotlight(
-    model: PreTrainedModel, spans: Spans, *, target: float = 0.1, heads: Heads | None = None
+    model: Model, spans: Spans, *, target: float = 0.1, heads: Heads | None = None
 ) -> Iterator[None]:
-    """SpotLight (2505.12025, equations 2-5): a bias that depends on what the spans get already.
+    """SpotLight (2505.12025, equations 2-5): the bias depends on what the spans get already.
 
     Queries that put less than `target` of their weight on the spans get log(target / psi) added
     there, others nothing. After renormalising the share is target / (1 + target - psi): raised
@@ -68,20 +79,19 @@ def spotlight(
     def strength(psi: Tensor) -> Tensor:
         return (target / psi).log().clamp(min=0)
 
-    with key_bias(model, _inside(spans, 1.0), heads, strength=_by_share(strength)):
+    with key_bias(model, spans, heads, inside=1.0, strength=_by_psi(strength)):
         yield
 
 
 @contextmanager
 def split_softmax(
-    model: PreTrainedModel, spans: Spans, *, exponent: float, heads: Heads | None = None
+    model: Model, spans: Spans, *, exponent: float, heads: Heads | None = None
 ) -> Iterator[None]:
-    """Split-softmax (2402.10962): the spans' share psi of each row becomes psi ** exponent.
+    """Split-softmax (2402.10962): the spans' share psi of each query becomes psi ** exponent.
 
-    Within the spans and outside them the proportions stay, so it is the bias that moves the log
-    odds of psi to those of psi ** exponent. 1 = no steering, towards 0 = everything on the spans.
-    Our reading of the paper's formula: the row is split into the spans and all the rest, the reply
-    included.
+    Proportions within the spans and outside them stay, so the bias moves the log odds of psi to
+    those of psi ** exponent. 1 = no steering, towards 0 = everything on the spans. Our reading of
+    the paper's formula: weights are split into the spans and all the rest, the reply included.
     """
     if not 0 < exponent <= 1:
         raise ValueError(f"exponent={exponent}: expected 0 < exponent <= 1 (1 = no steering)")
@@ -90,24 +100,19 @@ def split_softmax(
         log_psi = psi.log()
         return (exponent - 1) * log_psi + (_log1mexp(log_psi) - _log1mexp(exponent * log_psi))
 
-    if exponent == 1:  # the same numbers, and not only nearly
+    if exponent == 1:  # bit-equal to no steering, and not only nearly
         with additive_bias(model, spans, 0.0, heads=heads):
             yield
         return
-    with key_bias(model, _inside(spans, 1.0), heads, strength=_by_share(strength)):
+    with key_bias(model, spans, heads, inside=1.0, strength=_by_psi(strength)):
         yield
 
 
-def _inside(spans: Spans, bias: float) -> Columns:
-    inside, exact = span_mask(spans)
-    return Columns(inside * bias, inside, torch.zeros(len(inside), 1), exact)
-
-
-def _by_share(strength: Callable[[Tensor], Tensor]) -> Strength:
+def _by_psi(strength: Callable[[Tensor], Tensor]) -> Strength:
     """`strength` of psi, for every query that sees both a span and something else."""
 
-    def of(call: AttentionCall, column: Tensor) -> Tensor:
-        psi = share(call, column)  # (B,H,Q); the column is 1 inside
+    def of(call: AttentionCall, inside: Tensor) -> Tensor:
+        psi = weight_inside(call, inside)  # (B,H,Q); the bias is 1 inside
         undecided = (psi > 0) & (psi < 1)
         return torch.where(undecided, strength(psi.where(undecided, 0.5)), 0.0)
 

@@ -1,8 +1,9 @@
 """PASTA's four tasks (2311.02262, section 5): prompt, emphasised span, answer, and metrics.
 
-An example emphasises a phrase of its prompt; a task says how replies are scored: the paper's way,
-and strictly (the whole reply is right). What is drawn or loaded stands in `task_data`. Scores are
-(n,) tensors of 0..1, one number per example, so that intervals can be computed.
+An example emphasises a phrase of its prompt. A task says how replies are scored: the paper's way,
+and strictly (the whole reply is right). Examples are drawn in `tiny/tasks.py` and loaded in
+`real_data.py`. Scores are (n,) tensors of 0..1, one number per example, so that intervals can be
+computed.
 """
 
 import json
@@ -17,15 +18,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from steerkit.chat import Message
-from steerkit.spans import encode, find_span
-from steerkit.steering.head_search import Prompt
+from steerkit.chat import Batch, Message, batches, prompt_ids, reply
+from steerkit.spans import find_span
+from steerkit.steering.scoring import Prompt
 
-Steer = Callable[[PreTrainedModel, object], AbstractContextManager]
+Steer = Callable[[Model, object], AbstractContextManager]
 """(model, spans) -> a `with`; for PASTA `partial(emphasise, heads=..., alpha=...)`."""
+
+
+Messages = tuple[Message, ...]
 
 
 class Example(NamedTuple):
@@ -37,13 +41,13 @@ class Example(NamedTuple):
     in other words. `source`: the text that is to be rewritten.
     """
 
-    messages: tuple[Message, ...]
+    messages: Messages
     span: str
     answer: str
     value: str
     kept: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()
-    paraphrases: tuple[tuple[Message, ...], ...] = ()
+    paraphrases: tuple[Messages, ...] = ()
     source: str = ""
 
 
@@ -59,7 +63,7 @@ class Task:
     draw: Callable[[random.Random, bool, str], Example]
     strict: Metric
     paper: Mapping[str, Metric] = field(default_factory=dict)
-    compare: Mapping[str, str] = field(default_factory=dict)  # name -> "prompt" or "paraphrases"
+    compare: Mapping[str, bool] = field(default_factory=dict)  # name -> on paraphrases?
 
     def examples(
         self, n: int, *, seed: int, split: str = "test", conflict: bool = True
@@ -154,17 +158,15 @@ def fluency(reply: str) -> float:
 
 def consistency(replies: Sequence[str], references: Sequence[str]) -> list[float]:
     """Cosine of tf-idf word vectors of each reply and its reference, idf over the references."""
-    bags = [Counter(_words(text)) for text in references]
-    frequency = Counter(word for bag in bags for word in bag)
-    idf = {w: math.log((1 + len(bags)) / (1 + n)) + 1 for w, n in frequency.items()}
-    rare = math.log(1 + len(bags)) + 1
+    counts = [Counter(_words(text)) for text in references]
+    frequency = Counter(word for bag in counts for word in bag)
+    n = 1 + len(references)
 
-    def weigh(bag: Counter[str]) -> dict[str, float]:
-        return {word: count * idf.get(word, rare) for word, count in bag.items()}
+    def vector(bag: Counter[str]) -> dict[str, float]:
+        return {w: count * (math.log(n / (1 + frequency[w])) + 1) for w, count in bag.items()}
 
-    return [
-        _cosine(weigh(Counter(_words(r))), weigh(b)) for r, b in zip(replies, bags, strict=True)
-    ]
+    pairs = zip(replies, counts, strict=True)
+    return [_cosine(vector(Counter(_words(text))), vector(bag)) for text, bag in pairs]
 
 
 _PRONOUNS = {"she", "he", "her", "him", "hers", "his", "herself", "himself"}
@@ -248,9 +250,6 @@ def prompted(examples: Sequence[Example], shots: Sequence[Example]) -> dict[str,
     }
 
 
-Messages = tuple[Message, ...]
-
-
 def _each(example: Example, change: Callable[[Messages], Messages]) -> Example:
     """The same change in the prompt and in its paraphrases."""
     paraphrases = tuple(change(m) for m in example.paraphrases)
@@ -283,8 +282,8 @@ class Measured(NamedTuple):
 
 
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    tokenizer: Tokenizer,
     task: Task,
     examples: Sequence[Example],
     *,
@@ -295,184 +294,145 @@ def evaluate(
 ) -> Measured:
     """Greedy replies and all scores: "strict", the paper's, "kept", "fluency" (bits),
     "consistency". Without `probabilities` those that compare candidates are left out."""
-    replies = generate(
-        model, tokenizer, examples, steer=steer, max_new_tokens=max_new_tokens, batch=batch
-    )
+    options = {"max_new_tokens": max_new_tokens, "batch": batch}
+    replies = generate(model, tokenizer, examples, steer=steer, **options)
     pairs = list(zip(replies, examples, strict=True))
     metrics: dict[str, Metric] = {"strict": task.strict, **task.paper, "kept": kept}
     scores = {name: [metric(r, e) for r, e in pairs] for name, metric in metrics.items()}
     scores["fluency"] = [fluency(r) for r in replies]
     scores["consistency"] = consistency(replies, [e.answer or e.source for e in examples])
-    found = {name: torch.tensor(values) for name, values in scores.items()}
-    for name, asked in task.compare.items() if probabilities else ():
-        found[name] = compare(model, tokenizer, examples, asked=asked, steer=steer, batch=batch)
-    return Measured(replies, found)
+    measured = {name: torch.tensor(values) for name, values in scores.items()}
+    for name, paraphrased in task.compare.items() if probabilities else ():
+        options = {"paraphrased": paraphrased, "steer": steer, "batch": batch}
+        measured[name] = compare(model, tokenizer, examples, **options)
+    return Measured(replies, measured)
 
 
 def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    tokenizer: Tokenizer,
     examples: Sequence[Example],
     *,
     steer: Steer | None = None,
     max_new_tokens: int = 48,
     batch: int = 64,
 ) -> list[str]:
-    """The greedy reply to each example, in batches with left padding."""
-    order = sorted(range(len(examples)), key=lambda i: _length(examples[i].messages))
-    replies = [""] * len(examples)
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        out = _continue(model, tokenizer, [examples[i] for i in rows], steer, max_new_tokens)
-        texts = tokenizer.batch_decode(out.sequences, skip_special_tokens=True)
-        for i, text in zip(rows, texts, strict=True):
-            replies[i] = text.strip()
-    return replies
+    """The greedy reply to each example, steered towards its span."""
+    prompts, context = [_prompt(tokenizer, e) for e in examples], None
+    if steer:
+        spans = [[_span(tokenizer, e)] for e in examples]
 
+        def context(some: Batch) -> AbstractContextManager:
+            return steer(model, some.move(spans))
 
-def _length(messages: Sequence[Message]) -> int:
-    return sum(len(m.content) for m in messages)
+    options = {"max_new_tokens": max_new_tokens, "batch": batch}
+    return [text.strip() for text in reply(model, tokenizer, prompts, steer=context, **options)]
 
 
 def compare(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    tokenizer: Tokenizer,
     examples: Sequence[Example],
     *,
-    asked: str = "prompt",
+    paraphrased: bool = False,
     steer: Steer | None = None,
     batch: int = 64,
 ) -> Tensor:
     """Is the value the most probable of the candidates where the answer states it? (n,) of 0..1.
 
     By the candidates' first tokens, after the answer's words before the value. ES of PASTA's
-    CounterFact; with asked="paraphrases" its PS, a mean over them; on BiasBios its accuracy.
+    CounterFact; `paraphrased` its PS, a mean over the paraphrases; on BiasBios its accuracy.
     """
-    if asked == "paraphrases":
-        rows = [(i, e._replace(messages=m)) for i, e in enumerate(examples) for m in e.paraphrases]
-        if len({i for i, _ in rows}) < len(examples):
-            raise ValueError("an example has no paraphrases to compare its candidates on")
-    else:
-        rows = list(enumerate(examples))
-    totals, counts = torch.zeros(len(examples)), torch.zeros(len(examples))
-    rows.sort(key=lambda row: _length(row[1].messages))
-    for start in range(0, len(rows), batch):
-        some = rows[start : start + batch]
-        for (i, _), won in zip(
-            some, _won(model, tokenizer, [e for _, e in some], steer), strict=True
-        ):
-            totals[i] += won
-            counts[i] += 1
-    return totals / counts
-
-
-def _won(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    steer: Steer | None,
-) -> list[bool]:
-    """The answer's words before the value are forced as if generated; then the next logits."""
-    before = [e.answer[: e.answer.rindex(e.value)].rstrip() for e in examples]
-    forced = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in before]
-    steps = 1 + max(map(len, forced))
-    logits = _continue(model, tokenizer, examples, steer, steps, forced).logits
-    won = []
-    for row, (ids, e) in enumerate(zip(forced, examples, strict=True)):
-        first = [_first_token(tokenizer, e, candidate) for candidate in e.candidates]
-        won.append(int(logits[len(ids)][row, first].argmax()) == e.candidates.index(e.value))
-    return won
-
-
-class _Force(LogitsProcessor):
-    """Row r writes the tokens forced[r] first."""
-
-    def __init__(self, forced: Sequence[Sequence[int]], start: int) -> None:
-        self.forced, self.start = forced, start
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step = input_ids.shape[1] - self.start
-        for row, ids in enumerate(self.forced):
-            if step < len(ids):
-                scores[row] = -torch.inf
-                scores[row, ids[step]] = 0.0
-        return scores
+    forms = [list(e.paraphrases) if paraphrased else [e.messages] for e in examples]
+    if not all(forms):
+        raise ValueError("an example has no paraphrases to compare its candidates on")
+    single = [e._replace(messages=m) for e, some in zip(examples, forms, strict=True) for m in some]
+    ids = [prompt_ids(tokenizer, _prompt(tokenizer, e)) for e in single]
+    preferred = torch.zeros(len(single))
+    for some in batches(tokenizer, ids, batch):
+        chosen = [single[i] for i in some.indices]
+        preferred[some.indices] = _preferred(model, tokenizer, chosen, some, steer)
+    return torch.stack([part.mean() for part in preferred.split([len(some) for some in forms])])
 
 
 @torch.no_grad()
-def _continue(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+def _preferred(
+    model: Model,
+    tokenizer: Tokenizer,
     examples: Sequence[Example],
+    prompts: Batch,
     steer: Steer | None,
-    steps: int,
-    forced: Sequence[Sequence[int]] = (),
-) -> GenerateDecoderOnlyOutput:
-    """One batch of greedy replies, padded on the left, steered towards each example's span."""
-    asked = [_prompt(tokenizer, e.messages) for e in examples]
-    spans = [
-        [_span(tokenizer, p, e)] if steer else [] for p, e in zip(asked, examples, strict=True)
-    ]
-    inputs, spans = encode(tokenizer, asked, spans)
-    start = inputs["input_ids"].shape[1]
-    options = {"logits_processor": [_Force(forced, start)], "output_logits": True} if forced else {}
+) -> Tensor:
+    """1 where the value's first token has the largest logit of all candidates': (B,).
+
+    One forward over the prompts, padded on the left, and the answers up to the value, padded on the
+    right. So all prompts end at the same token, and what follows is treated as generated.
+    """
+    before = [e.answer[: e.answer.rindex(e.value)].rstrip() for e in examples]
+    before = [_plain_ids(tokenizer, text) for text in before]
+    longest = max(map(len, before))
+    after = torch.tensor([ids + [0] * (longest - len(ids)) for ids in before], dtype=torch.long)
+    real = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in before])
+    T = prompts.inputs["input_ids"].shape[1]
+    ids = torch.cat([prompts.inputs["input_ids"], after], dim=1)
+    mask = torch.cat([prompts.inputs["attention_mask"], real.long()], dim=1)
+    spans = torch.zeros(len(examples), T, dtype=torch.bool)  # as a mask: it ends where prompts end
+    for row, e in enumerate(examples if steer else ()):
+        start, end = _span(tokenizer, e)
+        spans[row, prompts.padding[row] + start : prompts.padding[row] + end] = True
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    inputs = {name: x.to(model.device) for name, x in inputs.items()}
     with steer(model, spans) if steer else nullcontext():
-        out = model.generate(
-            **inputs.to(model.device),
-            max_new_tokens=steps,
-            do_sample=False,
-            return_dict_in_generate=True,
-            **options,
-        )
-    out.sequences = out.sequences[:, start:]
-    return out
+        logits = model(**inputs, use_cache=False, logits_to_keep=longest + 1).logits.cpu()
+    first = [[_first_token(tokenizer, e, c) for c in e.candidates] for e in examples]
+    values = [e.candidates.index(e.value) for e in examples]
+    return torch.tensor(
+        [
+            float(logits[row, len(before[row]), first[row]].argmax() == values[row])
+            for row in range(len(examples))
+        ]
+    )
 
 
-def _first_token(tokenizer: PreTrainedTokenizerBase, example: Example, word: str) -> int:
+def _first_token(tokenizer: Tokenizer, example: Example, word: str) -> int:
     at = example.answer.rindex(example.value)
     space = " " if at == 0 or example.answer[at - 1].isspace() else ""
-    return tokenizer(space + word, add_special_tokens=False)["input_ids"][0]
+    return _plain_ids(tokenizer, space + word)[0]
 
 
 # --- examples as token ids ---------------------------------------------------------------------
 
 
-def prompts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Prompt]:
+def to_prompts(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Prompt]:
     """What the head search scores: the prompt's ids, its span, the right answer's ids."""
-    return [prompt(tokenizer, example) for example in examples]
+    return [_to_prompt(tokenizer, example) for example in examples]
 
 
-def prompt(tokenizer: PreTrainedTokenizerBase, example: Example, *, end: bool = True) -> Prompt:
-    """One example as token ids; with `end` the answer ends as a reply does."""
+def _to_prompt(tokenizer: Tokenizer, example: Example) -> Prompt:
     if not example.answer.strip():
         raise ValueError(
             f"example without answer ({example.messages[-1].content[:60]!r}): the score of a head "
             "is the answer's log-probability; give one"
         )
-    opened = _open(tokenizer, example)
-    space = "" if tokenizer.chat_template else " "
-    answer = tokenizer(space + example.answer, add_special_tokens=False)["input_ids"]
-    if end and tokenizer.chat_template and tokenizer.eos_token_id is not None:
-        answer = [*answer, tokenizer.eos_token_id]
-    return opened._replace(answer=answer)
+    ids, span = prompt_ids(tokenizer, _prompt(tokenizer, example)), _span(tokenizer, example)
+    if not tokenizer.chat_template:
+        return Prompt(ids, [span], _plain_ids(tokenizer, f" {example.answer}"))
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return Prompt(ids, [span], _plain_ids(tokenizer, example.answer) + ends)
 
 
-def _open(tokenizer: PreTrainedTokenizerBase, example: Example) -> Prompt:
-    asked = _prompt(tokenizer, example.messages)
-    ids = encode(tokenizer, [asked], [[]])[0]["input_ids"][0].tolist()
-    return Prompt(ids, [_span(tokenizer, asked, example)], [])
-
-
-def _prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
-) -> str | Sequence[Message]:
+def _prompt(tokenizer: Tokenizer, example: Example) -> str | Messages:
     """A dialogue for a chat model; for others the messages' text."""
     if tokenizer.chat_template:
-        return messages
-    return "\n".join(m.content for m in messages)
+        return example.messages
+    return "\n".join(m.content for m in example.messages)
 
 
-def _span(
-    tokenizer: PreTrainedTokenizerBase, asked: str | Sequence[Message], example: Example
-) -> tuple[int, int]:
-    return find_span(tokenizer, asked, example.span, occurrence=-1)
+def _span(tokenizer: Tokenizer, example: Example) -> tuple[int, int]:
+    """Where the example's span stands last in its prompt."""
+    return find_span(tokenizer, _prompt(tokenizer, example), example.span, occurrence=-1)
+
+
+def _plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

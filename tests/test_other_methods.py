@@ -7,14 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_attention import state_of
-from test_emphasis import HEADS, NEW, SPANS, close, factor_of
+from test_pasta import HEADS, NEW, SPANS, close, factor_of
 from tiny_models import tiny, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from steerkit.attention.hook import AttentionCall, attach
 from steerkit.steering.other_methods import additive_bias, instaboost, split_softmax, spotlight
-from steerkit.steering.pasta import Head, emphasise
+from steerkit.steering.key_bias import Head
+from steerkit.steering.pasta import emphasise
 
 INSIDE = factor_of(SPANS, 40, 0.0).bool()
 ALL = [Head(layer, index) for layer in range(2) for index in range(4)]

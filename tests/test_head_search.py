@@ -1,6 +1,5 @@
 """The head search: equal to the naive loop, resumable, shared out, and what is chosen from it."""
 
-import json
 import math
 import os
 import signal
@@ -8,37 +7,36 @@ import subprocess
 import sys
 import time
 from functools import partial
-from itertools import product
 
 import pytest
 import tiny_models
 import torch
+from torch import nn
 
-from steerkit.lab.cli import main
-from steerkit.steering import replay, search
+from steerkit.steering import head_search
 from steerkit.steering.head_search import (
     HeadTable,
-    Prompt,
+    ScreeningResult,
+    answer_scores_with_heads,
+    bias_slopes,
     chance_overlap,
-    choices,
-    common,
     every_head,
-    forced,
     intersection,
     load_table,
     naive_scores,
-    padded,
     random_heads,
-    read_heads,
     score_heads,
     score_heads_by,
+    screen_heads,
+    screening_regret,
+    select_heads,
+    shared_top_k,
     stability,
-    union,
-    write_heads,
 )
-from steerkit.steering.pasta import Head, emphasise
-from steerkit.steering.screening import bias_slopes, compared, lost, screen_heads
-from steerkit.steering.tasks import prompts
+from steerkit.steering.key_bias import Head
+from steerkit.steering.pasta import emphasise
+from steerkit.steering.scoring import Prompt, PromptBatch, padded
+from steerkit.steering.tasks import to_prompts
 from steerkit.tiny.tasks import TASKS
 
 SIZE = (2, 4)
@@ -74,18 +72,31 @@ def of(values, baseline=0.0) -> HeadTable:
 
 
 @pytest.mark.parametrize(
-    ("first", "rows"), [(0, 1024), (3, 1024), (3, 64)], ids=["span at the start", "inside", "small"]
+    ("first", "tokens"), [(0, None), (3, None), (3, 64)], ids=["span at the start", "inside", "few"]
 )
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "phi3", "gpt_neox", "gpt2", "olmo2"])
-def test_the_search_returns_the_naive_loops_scores(name, first, rows, monkeypatch):
-    monkeypatch.setattr(search, "_one_by_one", None)  # no falling back
-    monkeypatch.setitem(search._ROWS, "cpu", rows)  # 64: batches of one prompt, chunks of heads
+def test_the_search_returns_the_naive_loops_scores(name, first, tokens):
     model, examples = tiny_models.tiny(name), some_prompts(first=first)
-    fast, slow = score_heads(model, examples, batch=3), naive_scores(model, examples, batch=1)
+    fast, slow = score_heads(model, examples, tokens=tokens), naive_scores(model, examples, batch=1)
     torch.testing.assert_close(fast.scores, slow.scores, atol=1e-5, rtol=0)
     torch.testing.assert_close(fast.baseline, slow.baseline, atol=1e-5, rtol=0)
     assert (slow.scores - slow.baseline[:, None, None]).abs().max() > 1e-2
     assert fast.about == slow.about
+
+
+def test_what_steering_a_head_cannot_change_is_computed_once(monkeypatch):
+    """Layer 0 runs for the prefix, the baseline and its own heads; not for those of layer 1."""
+    model, tokens = tiny_models.tiny("llama"), []
+    watched = model.model.layers[0].mlp  # a layer that returns what is known never gets there
+    watched.register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[:2].numel()))
+    (prompt,) = some_prompts(1)
+    batch = PromptBatch(model, [prompt], 0.01)
+    rest = len(prompt.ids) + len(prompt.answer) - prompt.first - 1  # the last is nobody's context
+    assert tokens == [1, prompt.first, rest]  # 1: trace_attention
+    batch.scores([Head(1, 0), Head(1, 2)], 1024)
+    assert len(tokens) == 3
+    batch.scores([Head(0, 0), Head(1, 2)], 1024)
+    assert tokens[3:] == [2 * rest]
 
 
 def test_a_score_is_the_mean_log_probability_of_the_answers_tokens(llama):
@@ -95,27 +106,27 @@ def test_a_score_is_the_mean_log_probability_of_the_answers_tokens(llama):
     inside[0, p.spans[0][0] : p.spans[0][1]] = True
     inside[0, len(p.ids) :] = True  # the answer's own tokens keep their weight
     with torch.no_grad(), emphasise(llama, inside, [(1, 2)]):
-        told = llama(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+        log_p = llama(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
     places = range(len(p.ids), ids.shape[1])
-    expected = sum(told[t - 1, ids[0, t]].item() for t in places) / len(p.answer)
-    assert forced(llama, [p], [(1, 2)]).item() == pytest.approx(expected, abs=1e-6)
+    expected = sum(log_p[t - 1, ids[0, t]].item() for t in places) / len(p.answer)
+    assert answer_scores_with_heads(llama, [p], [(1, 2)]).item() == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
-def test_an_architecture_that_cannot_be_replayed_gets_the_naive_loop(monkeypatch):
+def test_logits_that_are_scaled_after_the_vocabulary_are_searched_exactly():
     from transformers import GraniteConfig
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = GraniteConfig(**tiny_models.SIZE, logits_scaling=0.1)  # scaled after the vocabulary
+    config = GraniteConfig(**tiny_models.SIZE, logits_scaling=0.1)
     model = AutoModelForCausalLM.from_config(config).eval()
     examples = some_prompts(2)
-    assert not search._fits(model, examples[0], 0.01)
     fast, slow = score_heads(model, examples), naive_scores(model, examples)
     torch.testing.assert_close(fast.scores, slow.scores, atol=1e-5, rtol=0)
 
 
-def test_half_precision_is_replayed_too(monkeypatch):
-    monkeypatch.setattr(search, "_one_by_one", None)
+def test_half_precision_is_searched_too():
     model, examples = tiny_models.tiny("llama", sharpen=1.0).bfloat16(), some_prompts(3)
     fast, slow = score_heads(model, examples), naive_scores(model, examples)
     torch.testing.assert_close(fast.scores, slow.scores, atol=0.05, rtol=0)
@@ -127,58 +138,14 @@ def test_alpha_one_is_the_baseline(llama):
     torch.testing.assert_close(found.scores, expected, atol=1e-6, rtol=0)
 
 
-def test_memory_that_runs_out_halves_the_batch(llama, table, monkeypatch):
-    whole, sizes = search._replayed, []
-
-    def small(model, prompts, *rest):
-        sizes.append(len(prompts))
-        if len(prompts) > 2:
-            raise torch.OutOfMemoryError("as on a device")
-        return whole(model, prompts, *rest)
-
-    monkeypatch.setattr(search, "_replayed", small)
-    found = score_heads(llama, some_prompts())
-    torch.testing.assert_close(found.scores, table.scores, atol=1e-5, rtol=0)
-    assert sizes == [1, 5, 2, 3, 1, 2]  # the first asks whether the model can be replayed
-
-
-def test_memory_that_holds_no_prompt_with_all_heads_takes_fewer_heads(llama, table, monkeypatch):
-    whole, sizes = search._replayed, []
-
-    def small(model, prompts, heads, *rest):
-        if len(prompts) * len(heads) > 2:
-            raise torch.OutOfMemoryError("as on a device")
-        sizes.append(len(heads))
-        return whole(model, prompts, heads, *rest)
-
-    monkeypatch.setattr(search, "_replayed", small)
-    found = score_heads(llama, some_prompts())
-    torch.testing.assert_close(found.scores, table.scores, atol=1e-5, rtol=0)
-    assert set(sizes[1:]) == {2}
-
-
-def test_no_heads_are_no_scores_where_a_model_cannot_be_replayed(llama):
-    found, baseline = search._one_by_one(llama, some_prompts(2), [], 0.01)
-    assert found.shape == (0, 2) and baseline.shape == (2,)
-
-
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_a_sliding_window_that_ends_before_a_span_is_searched_exactly(name):
     model = tiny_models.tiny(name, sliding_window=8)
     ids = tiny_models.tokens(2, 44).tolist()
     prompts = [Prompt(ids[0][:40], [(1, 4)], ids[0][40:]), Prompt(ids[1][:40], [(30, 33)], [7, 8])]
-    found = score_heads(model, prompts, batch=1)
+    found = score_heads(model, prompts, tokens=1)
     naive = naive_scores(model, prompts)
     torch.testing.assert_close(found.scores, naive.scores, atol=1e-5, rtol=0)
-
-
-def test_memory_that_does_not_hold_one_prompt_is_an_error(llama, monkeypatch):
-    def never(*_):
-        raise torch.OutOfMemoryError("as on a device")
-
-    monkeypatch.setattr(search, "_replayed", never)
-    with pytest.raises(torch.OutOfMemoryError):
-        score_heads(llama, some_prompts(2))
 
 
 def test_the_model_is_left_as_it_was(llama):
@@ -187,7 +154,21 @@ def test_the_model_is_left_as_it_was(llama):
     score_heads(llama, some_prompts(2))
     assert llama.config._attn_implementation == before
     assert sum(len(m._forward_pre_hooks) for m in llama.modules()) == hooks
-    assert not any(key.startswith("_steerkit") for m in llama.modules() for key in m.__dict__)
+    kept = {key for m in llama.modules() for key in m.__dict__}
+    assert not any(key.startswith("_steerkit") or key == "forward" for key in kept)
+
+
+def test_a_layer_that_fails_leaves_the_forward_of_others_as_they_were(llama, monkeypatch):
+    """accelerate puts a `forward` of its own on modules: it must come back after a search."""
+    model = tiny_models.tiny("llama")
+    first, last = model.model.layers
+    own = first.forward = partial(type(first).forward, first)
+    batch = PromptBatch(model, some_prompts(2), 0.01)
+    monkeypatch.setattr(last.mlp, "forward", None)
+    with pytest.raises(TypeError):
+        batch.scores([Head(1, 0)], 1024)
+    assert first.forward is own
+    assert not isinstance(first.forward, nn.Module)
 
 
 def test_other_metrics_make_tables_too(llama):
@@ -201,9 +182,8 @@ def test_other_metrics_make_tables_too(llama):
             with steer(llama, keep):
                 return llama(ids, use_cache=False).logits[:, -1, 0]
 
-    found = score_heads_by(llama, measure, heads=[(1, 0), (0, 3)], name="one logit")
+    found = score_heads_by(llama, measure, heads=[(1, 0), (0, 3)])
     assert set(found.ranked()) == {(1, 0), (0, 3)}
-    assert found.about["score"] == "one logit"
     direct = measure(partial(emphasise, heads=[(1, 0)], alpha=0.01))
     torch.testing.assert_close(found.scores[:, 1, 0], direct)
 
@@ -214,42 +194,39 @@ def test_other_metrics_make_tables_too(llama):
 def test_a_table_comes_back_from_disk(table, tmp_path):
     table.save(tmp_path / "t.json")
     again = load_table(tmp_path / "t.json")
-    torch.testing.assert_close(again.scores, table.scores, atol=1e-6, rtol=0)
-    torch.testing.assert_close(again.baseline, table.baseline, atol=1e-6, rtol=0)
+    assert torch.equal(again.scores, table.scores)
+    assert torch.equal(again.baseline, table.baseline)
     assert again.about == table.about
 
 
 def test_a_search_goes_on_where_its_file_ends(llama, table, tmp_path, monkeypatch):
-    path, done = tmp_path / "t.json", every_head(*SIZE)[:5]
-    score_heads(llama, some_prompts(), heads=done, resume=path)
-    worked = []
-    whole = replay.Replay.variants
+    path, scored = tmp_path / "t.json", []
+    score_heads(llama, some_prompts(), heads=every_head(*SIZE)[:5], path=path)
+    whole = PromptBatch.scores
 
-    def watch(self, layer, indices):
-        worked.extend((layer, i) for i in indices)
-        return whole(self, layer, indices)
+    def watch(self, heads, tokens):
+        scored.extend(heads)
+        return whole(self, heads, tokens)
 
-    monkeypatch.setattr(replay.Replay, "variants", watch)
-    found = score_heads(llama, some_prompts(), resume=path)
+    monkeypatch.setattr(PromptBatch, "scores", watch)
+    found = score_heads(llama, some_prompts(), path=path)
     torch.testing.assert_close(found.scores, table.scores, atol=1e-5, rtol=0)
-    assert set(worked) - {(0, 0)} == set(every_head(*SIZE)[5:])  # L0H0: can it be replayed?
-    worked.clear()
-    score_heads(llama, some_prompts(), resume=path)
-    assert not worked  # the whole table is there
+    assert scored
+    scored.clear()
+    score_heads(llama, some_prompts(), path=path)
+    assert not scored  # the whole table is there
 
 
 CHILD = """
-import sys, time, torch, tiny_models
-from steerkit.steering import search
-from steerkit.steering.head_search import score_heads
-from test_heads import some_prompts
-slow = float(sys.argv[2])
-whole = search._replayed
+import sys, time, tiny_models
+from steerkit.steering.head_search import PromptBatch, score_heads
+from test_head_search import some_prompts
+whole = PromptBatch.scores
 def dawdle(*given):
-    time.sleep(slow)
+    time.sleep(float(sys.argv[2]))
     return whole(*given)
-search._replayed = dawdle
-score_heads(tiny_models.tiny("llama"), some_prompts(), batch=1, resume=sys.argv[1], save_every=0)
+PromptBatch.scores = dawdle
+score_heads(tiny_models.tiny("llama"), some_prompts(), tokens=1, path=sys.argv[1])
 """
 
 
@@ -269,31 +246,26 @@ def test_a_killed_search_leaves_a_whole_table_and_can_be_finished(llama, table, 
     running.wait()
     part = load_table(path)
     assert 0 < part.scores.isnan().sum() < part.scores.numel()
-    found = score_heads(llama, some_prompts(), resume=path)
+    found = score_heads(llama, some_prompts(), path=path)
     torch.testing.assert_close(found.scores, table.scores, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.baseline, table.baseline, atol=1e-5, rtol=0)
 
 
-def test_a_table_cut_in_the_middle_is_refused(llama, table, tmp_path):
+def test_a_table_that_is_cut_or_of_something_else_is_refused(llama, table, tmp_path):
     path = tmp_path / "t.json"
     table.save(path)
+    with pytest.raises(ValueError, match=r"a table of .*'alpha': 0.01.*, not of .*'alpha': 0.1"):
+        score_heads(llama, some_prompts(), alpha=0.1, path=path)
+    with pytest.raises(ValueError, match=r"not of .*'task': 'json'"):
+        score_heads(llama, some_prompts(), path=path, task="json")
+    with pytest.raises(ValueError, match=r"not of .*'prompts': 4"):
+        score_heads(llama, some_prompts(4), path=path)
     path.write_text(path.read_text()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"not a whole head table .*cut\? delete it"):
-        score_heads(llama, some_prompts(), resume=path)
+    with pytest.raises(ValueError, match=r"not a whole head table .* delete it"):
+        score_heads(llama, some_prompts(), path=path)
     path.write_text('{"kind": "something else"}')
     with pytest.raises(ValueError, match="not a whole head table"):
         load_table(path)
-
-
-def test_a_table_about_something_else_is_refused(llama, table, tmp_path):
-    path = tmp_path / "t.json"
-    table.save(path)
-    with pytest.raises(ValueError, match=r"a table of other alpha \(0.01, not 0.1\)"):
-        score_heads(llama, some_prompts(), alpha=0.1, resume=path)
-    with pytest.raises(ValueError, match="a table of other prompts"):
-        score_heads(llama, some_prompts(4), resume=path)
-    with pytest.raises(ValueError, match="a table of other weights"):
-        score_heads(tiny_models.tiny("llama", seed=1), some_prompts(), resume=path)
 
 
 def test_two_processes_share_the_heads_and_both_get_the_table(table, tmp_path):
@@ -303,10 +275,10 @@ def test_two_processes_share_the_heads_and_both_get_the_table(table, tmp_path):
         "import os, sys, torch, tiny_models\n"
         "from accelerate import PartialState\n"
         "from steerkit.steering.head_search import load_table, score_heads\n"
-        "from test_heads import some_prompts\n"
+        "from test_head_search import some_prompts\n"
         "state = PartialState(cpu=True)\n"
         "assert state.num_processes == 2\n"
-        "found = score_heads(tiny_models.tiny('llama'), some_prompts(), resume=sys.argv[1])\n"
+        "found = score_heads(tiny_models.tiny('llama'), some_prompts(), path=sys.argv[1])\n"
         "found.save(sys.argv[1] + f'.of{state.process_index}')\n"
     )
     # On a CPU accelerate starts several processes by mpirun, or by torch's launcher, as here.
@@ -325,45 +297,19 @@ def test_two_processes_share_the_heads_and_both_get_the_table(table, tmp_path):
         torch.testing.assert_close(found.baseline, table.baseline, atol=1e-5, rtol=0)
 
 
-def test_the_official_head_files_are_read_and_written(llama, tmp_path):
-    path, heads = tmp_path / "h.json", [Head(1, 3), Head(0, 2), Head(1, 0)]
-    write_heads(path, heads)
-    assert json.loads(path.read_text()) == {"1": [3, 0], "0": [2]}
-    assert read_heads(path, llama) == [(1, 3), (1, 0), (0, 2)]
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ('{"17": [3]}', "L17H3 is not in a model of 2 layers of 4 heads; .*another model's"),
-        ('{"1": [4]}', "L1H4 is not in a model of 2 layers of 4 heads"),
-        ('{"1": [0, 2', r"not a head file .*expected \{\"layer\": \[heads\]\}"),
-        ('{"one": [1]}', "not a head file"),
-        ('{"1": ["a"]}', "not a head file"),
-        ("[[1, 2]]", "not a head file"),
-        ("{}", "no heads in it"),
-    ],
-)
-def test_a_bad_head_file_is_one_clear_error(llama, tmp_path, text, said):
-    (tmp_path / "h.json").write_text(text)
-    with pytest.raises(ValueError, match=said):
-        read_heads(tmp_path / "h.json", llama)
-
-
 # --- bad requests ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "options", "said"),
     [
-        ({"answer": []}, {}, r"examples \[0\] have no answer: .*score_heads_by"),
+        ({"answer": []}, {}, r"prompts \[0\] have no answer: .*score_heads_by"),
         ({"spans": []}, {}, "expected at least one"),
         ({"spans": [(5, 5)]}, {}, "0 <= start < end"),
         ({"spans": [(5, 99)]}, {}, "a prompt of 13 tokens"),
         ({}, {"alpha": 0.0}, "alpha=0.0"),
         ({}, {"alpha": math.nan}, "alpha=nan"),
-        ({}, {"batch": 0}, "batch=0"),
-        ({}, {"heads": [(2, 0)]}, "L2H0 is not in a model of 2 layers of 4 heads"),
+        ({}, {"heads": [(2, 0)]}, "L2H0: expected 0 <= layer < 2 layers"),
     ],
 )
 def test_a_bad_request_is_one_clear_error(llama, changes, options, said):
@@ -373,7 +319,7 @@ def test_a_bad_request_is_one_clear_error(llama, changes, options, said):
 
 
 def test_no_examples_are_refused(llama):
-    with pytest.raises(ValueError, match="no examples"):
+    with pytest.raises(ValueError, match="no prompts"):
         score_heads(llama, [])
 
 
@@ -390,21 +336,18 @@ def test_heads_are_ranked_by_their_mean_and_gain_is_over_the_baseline():
     assert of([[[math.nan, 1.0]]]).ranked() == [(0, 1)]
 
 
-def test_multi_task_heads_are_in_every_top_k_and_the_union_in_any():
+def test_multi_task_heads_are_in_every_top_k():
     assert A.top(3) == [(0, 0), (0, 1), (0, 2)]
     assert B.top(3) == [(0, 1), (0, 2), (1, 0)]
     assert intersection([A, B], 3) == [(0, 1), (0, 2)]
-    assert set(union([A, B], 3)) == {(0, 0), (0, 1), (0, 2), (1, 0)}
-    assert common([A, B], 2) == ([(0, 1), (0, 2)], 3)
+    assert shared_top_k([A, B], 2) == ([(0, 1), (0, 2)], 3)
     assert intersection([A, A], 5) == A.top(5)
-    for tables, k in product(([A, B], [A]), range(1, 9)):
-        assert len(union(tables, k)) + len(intersection(tables, k)) == k * 2
 
 
 def test_heads_for_a_task_come_from_its_table_from_all_or_from_the_others():
-    found = choices({"a": A, "b": B}, "a", 3)
+    found = select_heads({"a": A, "b": B}, "a", 3)
     assert found["task-specific"] == A.top(3)
-    assert found["multi-task"] == common([A, B], 3)[0] != B.top(3)
+    assert found["multi-task"] == shared_top_k([A, B], 3)[0] != B.top(3)
     assert found["task-agnostic"] == B.top(3)
 
 
@@ -457,9 +400,9 @@ def test_the_slopes_are_the_limit_of_weak_steering(llama):
 
 def test_the_screen_finds_what_the_whole_search_finds(tiny):
     model, tokenizer = tiny
-    some = prompts(tokenizer, TASKS["biasbios"].examples(16, seed=0, split="profile"))
+    some = to_prompts(tokenizer, TASKS["biasbios"].examples(16, seed=0, split="profile"))
     screen, whole = screen_heads(model, some, keep=2), score_heads(model, some)
-    assert lost(screen, whole, 2) == {"found": 1.0, "regret": 0.0}
+    assert screening_regret(screen, whole, 2) == {"found": 1.0, "regret": 0.0}
     finalists = screen.table.scores.isnan().any(0).logical_not()
     assert finalists.sum() == screen.rounds[-1][0] == 4
     torch.testing.assert_close(
@@ -469,15 +412,10 @@ def test_the_screen_finds_what_the_whole_search_finds(tiny):
 
 
 def test_halving_doubles_the_prompts_until_all_are_met(monkeypatch):
-    model = tiny_models.tiny("llama", num_hidden_layers=12, num_attention_heads=4)
-    from steerkit.steering import screening
-
-    monkeypatch.setattr(screening, "rank", lambda mean: every_head(12, 4)[::-1])
-    examples = some_prompts(5)
-    found = screen_heads(model, examples, keep=1, share=0.2)
-    assert found.rounds == [(4, 5)]
-    found = screening.screen_heads(model, examples * 4, keep=1)
-    assert found.rounds[-1][1] == 20
+    model = tiny_models.tiny("llama", num_hidden_layers=18, num_attention_heads=4)
+    monkeypatch.setattr(head_search, "bias_slopes", lambda *_, **__: torch.randn(1, 18, 4))
+    assert screen_heads(model, some_prompts(5), keep=1).rounds == [(6, 2), (3, 5)]
+    assert screen_heads(model, some_prompts(5), keep=2).rounds == [(6, 5)]
 
 
 @pytest.mark.parametrize(
@@ -491,53 +429,14 @@ def test_a_bad_screen_is_one_clear_error(llama, options, said):
 
 def test_lost_measures_what_a_worse_choice_costs():
     found = screen_of([Head(0, 0), Head(0, 3)])
-    assert lost(found, A, 2) == {"found": 0.5, "regret": pytest.approx((4 + 3 - 4 - 1) / 2)}
-
-
-def test_what_is_compared_is_what_the_searches_return(llama):
-    some = some_prompts(3)
-    found = compared(llama, some, keep=2)
-    screen, exact = screen_heads(llama, some, keep=2), score_heads(llama, some)
-    assert {k: found[k] for k in ("found", "regret")} == pytest.approx(lost(screen, exact, 2))
-    assert found["off"] < 1e-5
-    assert min(found["exact"], found["screen"]) > 0
+    assert screening_regret(found, A, 2) == {
+        "found": 0.5,
+        "regret": pytest.approx((4 + 3 - 4 - 1) / 2),
+    }
 
 
 def screen_of(heads):
-    from steerkit.steering.screening import Screen
-
     scores = torch.full_like(A.scores, math.nan)
     for head in heads:
         scores[(slice(None), *head)] = A.scores[(slice(None), *head)]
-    return Screen(HeadTable(scores, A.baseline, A.about), A.mean, [(2, 1)])
-
-
-# --- the command -------------------------------------------------------------------------------
-
-
-def test_the_command_writes_heads_and_tables_and_goes_on_from_them(tmp_path, capsys):
-    out = tmp_path / "heads.json"
-    command = ["profile-heads", "--tasks", "biasbios", "counterfact", "--out", str(out), "-n", "3"]
-    assert main([*command, "--size", "2", "--device", "cpu"]) == 0
-    heads = read_heads(out)
-    assert len(heads) == 2
-    tables = [load_table(tmp_path / f"heads.json.{t}.table") for t in ("biasbios", "counterfact")]
-    assert set(heads) == set(common(tables, 2)[0])
-    assert "2 heads of the top" in capsys.readouterr().out
-    before = (tmp_path / "heads.json.biasbios.table").read_text()
-    assert main([*command, "--size", "2", "--device", "cpu"]) == 0
-    assert (tmp_path / "heads.json.biasbios.table").read_text() == before
-
-
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (["--tasks", "poems"], "task 'poems': expected one of"),
-        (["--tasks", "json", "--data", "json", "absent.jsonl"], "absent.jsonl: no such file"),
-        (["--tasks", "json", "--data", "biasbios", "b.csv"], "--data biasbios: not among --tasks"),
-        (["--tasks", "json", "--alpha", "0"], "alpha=0.0"),
-    ],
-)
-def test_a_wrong_command_is_one_line(tmp_path, capsys, more, said):
-    assert main(["profile-heads", "--out", str(tmp_path / "h"), "-n", "2", *more]) == 2
-    assert said in capsys.readouterr().err
+    return ScreeningResult(HeadTable(scores, A.baseline, A.about), A.mean, [(2, 1)])

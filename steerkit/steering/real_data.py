@@ -1,0 +1,111 @@
+"""The four tasks on real data: biographies of Bias in Bios (1901.09451), as PASTA's own evaluation
+reads them, and counterfactuals of ROME (2202.05262). Prompts follow the paper's appendix.
+
+The hub's "LabHC/bias_in_bios" will not do: it lacks names, and the sentence that is the span.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from steerkit.chat import Message
+from steerkit.steering.tasks import Example, Task, exact, first_words
+
+Record = Mapping[str, Any]
+_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv"}
+
+
+def load_task(
+    task: Task, source: str | Path | Iterable[Record], *, n: int | None = None
+) -> tuple[Task, list[Example]]:
+    """The task with real examples: its metrics, and the first `n` examples of `source`.
+
+    `source` is a .json, .jsonl or .csv file, or the records themselves, for example a
+    `datasets.Dataset`; its `rename_columns` serves data whose columns have other names. The answer
+    of Pronouns Changing is not in the data.
+    """
+    if task.name not in _MAKE:
+        raise ValueError(f"task {task.name!r}: expected one of {', '.join(_MAKE)}")
+    make, columns = _MAKE[task.name]
+    records = list(_read(Path(source)) if isinstance(source, (str, Path)) else source)[:n]
+    if not records:
+        raise ValueError(f"no records for task {task.name}: give at least one")
+    if missing := [column for column in columns if column not in records[0]]:
+        raise ValueError(
+            f"no column {missing[0]!r} for task {task.name}, there are {sorted(records[0])}: use "
+            "Dataset.rename_columns of `datasets`"
+        )
+    examples = [make(record) for record in records]
+    if task.name == "biasbios":
+        occupations = tuple(sorted({example.value for example in examples}))
+        examples = [example._replace(candidates=occupations) for example in examples]
+    strict = first_words if task.strict is exact else task.strict
+    return replace(task, strict=strict), examples
+
+
+def _read(path: Path) -> Iterable[Record]:
+    if path.suffix not in _FORMATS:
+        raise ValueError(f"{path}: expected a .json, .jsonl or .csv file")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        return load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+    except (ValueError, DatasetGenerationError) as error:
+        raise ValueError(f"{path}: cannot be read as {path.suffix[1:]} ({error})") from error
+
+
+def _person(record: Record) -> tuple[str, str, str]:
+    """Name, occupation and biography."""
+    name = record["name"]
+    name = name if isinstance(name, str) else " ".join(part for part in name if part)
+    return name, str(record["title"]).replace("_", " "), str(record["raw"]).strip()
+
+
+def _json(record: Record) -> Example:
+    name, occupation, text = _person(record)
+    instruction = (
+        f"Answer the occupation of {name} and generate the answer as JSON format, for example "
+        '{"name": "", "occupation": ""}.'
+    )
+    answer = json.dumps({"name": name, "occupation": occupation})
+    messages = (Message("user", f"{text} {instruction}"),)
+    return Example(messages, instruction, answer, occupation, kept=(occupation,))
+
+
+def _pronouns(record: Record) -> Example:
+    name, occupation, text = _person(record)
+    instruction = "Substitute she and he with they."
+    messages = (Message("user", f"{text} {instruction} Then give the occupation of {name}."),)
+    return Example(messages, instruction, "", occupation, kept=(occupation,), source=text)
+
+
+def _biography(record: Record) -> Example:
+    name, occupation, text = _person(record)
+    messages = (Message("user", f"{text} {name} has the occupation of"),)
+    first = re.match(r".+?[.!?](?=\s|$)", text, re.DOTALL)  # the sentence that names the occupation
+    return Example(messages, first[0] if first else text, occupation, occupation)
+
+
+def _counterfact(record: Record) -> Example:
+    rewrite, paraphrases = record["requested_rewrite"], record["paraphrase_prompts"]
+    question = rewrite["prompt"].format(rewrite["subject"])
+    new, old = rewrite["target_new"]["str"], rewrite["target_true"]["str"]
+    span = f"Currently, {question} {new}."
+    context = f"Previously, {question} {old}. {span}"
+    first, *others = [(Message("user", f"{context} {x}"),) for x in (question, *paraphrases)]
+    return Example(first, span, new, new, candidates=(new, old), paraphrases=tuple(others))
+
+
+_BIOS = ("raw", "title", "name")
+_MAKE: dict[str, tuple[Callable[[Record], Example], tuple[str, ...]]] = {
+    "json": (_json, _BIOS),
+    "pronouns": (_pronouns, _BIOS),
+    "biasbios": (_biography, _BIOS),
+    "counterfact": (_counterfact, ("requested_rewrite", "paraphrase_prompts")),
+}

@@ -1,0 +1,198 @@
+"""The scores of a few prompts with any heads steered: what `head_search` calls most of the time.
+
+A prompt's score is the mean log-probability (nats) per token of its right answer, teacher forced.
+
+Axes: B prompts, C heads that are scored in one forward, T tokens, L layers, H query heads, V
+vocabulary.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers import PreTrainedModel as Model
+
+from steerkit.attention.hook import (
+    AttentionCall,
+    Edit,
+    attach_to_modules,
+    trace_attention,
+    use_attention_function,
+)
+from steerkit.steering.key_bias import Head, attend_biased
+from steerkit.steering.pasta import log_weights
+
+
+class Prompt(NamedTuple):
+    """Token ids of a prompt, its spans [start, end), and the ids of the right answer."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    answer: list[int]
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer."""
+        return len(self.ids) + len(self.answer)
+
+    @property
+    def first(self) -> int:
+        """Where the first span starts."""
+        return min(start for start, _ in self.spans)
+
+
+def padded(prompts: Sequence[Prompt], pad: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, inside, target (B,T): prompt and answer, padded on the right, which no query sees.
+
+    `inside`: tokens of full weight (the spans, the answer, the padding). `target`: the answer.
+    """
+    T = max(prompt.length for prompt in prompts)
+    ids = torch.full((len(prompts), T), pad)
+    inside = torch.ones(len(prompts), T, dtype=torch.bool)
+    target = torch.zeros(len(prompts), T, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        n = len(prompt.ids)
+        ids[row, : prompt.length] = torch.tensor([*prompt.ids, *prompt.answer])
+        inside[row, :n] = False
+        for start, end in prompt.spans:
+            inside[row, start:end] = True
+        target[row, n : prompt.length] = True
+    return ids, inside, target
+
+
+def answer_scores(logits: Tensor, ids: Tensor, target: Tensor) -> Tensor:
+    """Mean log-probability per answer token: logits (B,T,V) that predict ids (B,T) -> (B,)."""
+    each = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    return (each * target).sum(1) / target.sum(1)
+
+
+class PromptBatch:
+    """A few prompts, run once without steering, then scored with one head steered at a time.
+
+    What steering a head cannot change is computed once:
+
+    - tokens before the first span. All keys they see are outside of the spans, so renormalising
+      takes the bias away; their keys and values are a prefix cache;
+    - the layers below the head. Their outputs are recorded, and returned again.
+
+    Many heads fit in one forward: the batch holds each prompt C times. `switch` (L, B*C, H) is 1
+    where a head is steered and 0 elsewhere.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Model, prompts: Sequence[Prompt], alpha: float) -> None:
+        self.model = model
+        ids, inside, target = (x.to(model.device) for x in padded(prompts))
+        self.calls = trace_attention(model, ids[:1, :1])
+        self.heads = max(call.query.shape[1] for call in self.calls)
+        self.bias = log_weights(inside, alpha)[:, :-1]  # no query comes after the last token
+        first = min(prompt.first for prompt in prompts)
+        self.prefix = DynamicCache() if first else None  # without a config it keeps all keys
+        if first:
+            model.base_model(input_ids=ids[:, :first], past_key_values=self.prefix, use_cache=True)
+        self.ids, self.target = ids[:, first:], target[:, first:]
+        # The vocabulary is needed from the first token of the shortest prompt's answer on.
+        self.predicted = ids.shape[1] - min(len(prompt.ids) for prompt in prompts)
+        self.outputs: dict[nn.Module, Any] = {}  # of the decoder layers
+        with _recording(_decoder_layers(model, self.calls), self.outputs):
+            self.baseline = self._scores(self._switch(1), []).cpu()  # (B,)
+
+    @torch.no_grad()
+    def scores(self, heads: Sequence[Head], tokens: int) -> Tensor:
+        """Each head steered alone, at most `tokens` tokens in one forward -> (B, heads)."""
+        scores, at_once = [], max(1, tokens // self.ids.numel())
+        for start in range(0, len(heads), at_once):
+            some = heads[start : start + at_once]
+            switch = self._switch(len(some))
+            for variant, (layer, index) in enumerate(some):
+                switch[layer, variant :: len(some), index] = 1
+            steered = sorted({head.layer for head in some})
+            scores.append(self._scores(switch, steered).view(-1, len(some)).cpu())
+        return torch.cat(scores, dim=1)
+
+    def slopes(self) -> Tensor:
+        """d score / d switch of every head, where no head is steered -> (B,L,H)."""
+        switch = self._switch(1).requires_grad_()
+        with torch.enable_grad():
+            scores = self._scores(switch, range(len(self.calls)))
+            (slopes,) = torch.autograd.grad(scores.sum(), switch)
+        return slopes.transpose(0, 1).cpu()
+
+    def _switch(self, C: int) -> Tensor:
+        return torch.zeros(len(self.calls), len(self.ids) * C, self.heads, device=self.ids.device)
+
+    def _scores(self, switch: Tensor, steered: Sequence[int]) -> Tensor:
+        """Scores (B*C,), each prompt's variants side by side; `steered` layers are biased."""
+        C = switch.shape[1] // len(self.ids)
+        bias, ids, target = (
+            x.repeat_interleave(C, dim=0) for x in (self.bias, self.ids, self.target)
+        )
+        cache = copy.deepcopy(self.prefix)
+        if cache is not None:
+            cache.batch_repeat_interleave(C)
+
+        def edit_of(on: Tensor) -> Edit:
+            def edit(call: AttentionCall) -> Tensor:
+                return attend_biased(call, on[:, : call.query.shape[1], None], bias)
+
+            return edit
+
+        edits = {self.calls[layer].module: edit_of(switch[layer]) for layer in steered}
+        below = list(self.outputs)[: min(steered, default=0)]
+        known = {layer: _repeated(self.outputs[layer], C) for layer in below}
+        with use_attention_function(self.model), attach_to_modules(edits), _returning(known):
+            logits = self.model(
+                input_ids=ids[:, :-1],
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=self.predicted,
+            ).logits
+        return answer_scores(logits, ids[:, -self.predicted :], target[:, -self.predicted :])
+
+
+def _decoder_layers(model: Model, calls: Sequence[AttentionCall]) -> list[nn.Module]:
+    """The member of the model's layer list that holds each attention module."""
+    stacks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]
+    layers = [layer for stack in stacks for layer in stack]
+    return [next(x for x in layers if call.module in list(x.modules())) for call in calls]
+
+
+@contextmanager
+def _recording(layers: Sequence[nn.Module], outputs: dict[nn.Module, Any]) -> Iterator[None]:
+    """Put each layer's output into `outputs`."""
+
+    def record(layer: nn.Module, _: Any, output: Any) -> None:
+        outputs[layer] = output
+
+    hooks = [layer.register_forward_hook(record) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _returning(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Layers return `outputs` instead of computing them again."""
+    before = {layer: layer.__dict__.get("forward") for layer in outputs}  # accelerate sets its own
+    try:
+        for layer, output in outputs.items():
+            layer.forward = lambda *_, output=output, **__: output
+        yield
+    finally:
+        for layer, forward in before.items():
+            layer.__dict__.pop("forward", None)
+            if forward is not None:
+                layer.forward = forward
+
+
+def _repeated(output: Any, C: int) -> Any:
+    """A layer's output (B,...), or a tuple that begins with it, C times for each prompt."""
+    if isinstance(output, tuple):
+        return tuple(_repeated(x, C) for x in output)
+    return output.repeat_interleave(C, dim=0) if isinstance(output, Tensor) else output
