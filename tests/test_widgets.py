@@ -87,7 +87,7 @@ def test_attention_explorer_draws_map_and_tokens_and_follows_its_controls(
     first = screen.pages[0]
     assert "data:image/webp;base64," in first and "<pilot>" not in first
     assert "from the reply of turn 2" in first
-    changes = {"layer": "1", "head": "2", "turn": 1, "reduce": "mean", "skip": 3}
+    changes = {"layer": 1, "head": 2, "turn": 1, "reduce": "mean", "skip": 3}
     for name, value in changes.items():
         screen.controls[name].value = value
     assert len(set(screen.pages)) == 6 and not any("alert" in page for page in screen.pages)
@@ -104,9 +104,9 @@ def test_attention_explorer_shows_the_numbers_its_controls_ask_for(
     monkeypatch.setattr(widgets, "picture", lambda fig, **_: figures.append(fig) or "")
     talk = [*TALK[:2], Message("user", "Hm."), Message("user", "Who?"), TALK[3]]
     explore_attention(*tiny, talk, bins=12)
-    changes = {"layer": "1", "head": "2", "reduce": "mean", "skip": 3, "turn": 2}
+    changes = {"layer": 1, "head": 2, "reduce": "mean", "skip": 3, "turn": 1}
     for name, value in changes.items():
-        screen.controls[name].value = value  # turn 2 has no reply: the nearest is that of turn 1
+        screen.controls[name].value = value
 
     ids, turns = find_turns(tiny[1], talk)
     queries, chosen = (turns[1].start, turns[1].end), {"reduce": "mean", "heads": [(1, 2)]}
@@ -117,6 +117,7 @@ def test_attention_explorer_shows_the_numbers_its_controls_ask_for(
     axes = figures[-1].axes[0]
     weights = attention_map(tiny[0], ids, bins=12, skip=3, **chosen)
     torch.testing.assert_close(torch.tensor(axes.images[0].get_array().filled(0)).float(), weights)
+    assert screen.controls["turn"].options == (1, 3)  # turn 2 has no reply
     (frame,) = axes.patches
     rows = [query * 12 / ids.shape[1] - 0.5 for query in queries]
     assert [frame.get_y(), frame.get_y() + frame.get_height()] == pytest.approx(rows)

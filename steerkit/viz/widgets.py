@@ -6,6 +6,7 @@ each move of a control draws the page again, in its place.
 
 import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -29,8 +30,6 @@ def explore(draw: Callable[..., str], controls: Mapping[str, ipywidgets.Widget])
 
     A change draws the page again. An error then stands in the page until the next drawing.
     """
-    # One display that is updated, and no Output widget of `interactive_output`: that draws a second
-    # page beside the stored one, and nbval fails on its messages.
 
     def drawn() -> str:
         return draw(**{name: control.value for name, control in controls.items()})
@@ -43,6 +42,8 @@ def explore(draw: Callable[..., str], controls: Mapping[str, ipywidgets.Widget])
             words = html.escape(f"{type(error).__name__}: {error}")
             page.update(HTML(f'<p role="alert" style="color:#8C3A00"><b>{words}</b></p>'))
 
+    # One display that is updated, not the Output widget of `interactive_output`, which would draw a
+    # second page beside the stored one, and on whose messages nbval fails.
     page = display(HTML(drawn()), display_id=True)
     for name, control in controls.items():
         control.description = name
@@ -70,11 +71,10 @@ def explore_attention(
     texts, bins = token_texts(tokenizer, ids), min(bins, ids.shape[1])
     L, H = layer_and_head_counts(model)
 
-    def draw(layer: str, head: str, turn: int, reduce: str, skip: int) -> str:
-        layers = range(L) if layer == "all" else [int(layer)]
-        heads = range(H) if head == "all" else [int(head)]
-        chosen = {"reduce": reduce, "heads": [(at, index) for at in layers for index in heads]}
-        turn = min(replies, key=lambda number: abs(number - turn))  # some turns have no reply
+    def draw(layer: int | str, head: int | str, turn: int, reduce: str, skip: int) -> str:
+        layers = range(L) if layer == "all" else [layer]
+        heads = range(H) if head == "all" else [head]
+        chosen = {"reduce": reduce, "heads": list(product(layers, heads))}
         queries = replies[turn]
 
         fig, ax = plt.subplots(figsize=(8.5, 6.2))
@@ -88,16 +88,14 @@ def explore_attention(
         kind = "Largest" if reduce == "max" else "Mean"
         title = f"{kind} weights of layer {layer}, head {head}"
         alt = f"Heat map of {len(texts)} tokens in {bins} bins, the reply of turn {turn} framed."
-        page = attention_page(
-            texts, received, turns, title=f"{title}, from the reply of turn {turn}"
-        )
-        return picture(fig, caption=f"{title}; framed: the reply of turn {turn}.", alt=alt) + page
+        drawn = picture(fig, caption=f"{title}; framed: the reply of turn {turn}.", alt=alt)
+        title += f", from the reply of turn {turn}"
+        return drawn + attention_page(texts, received, turns, title=title)
 
-    last = max(replies)
     controls = {
-        "layer": ipywidgets.Dropdown(options=["all", *map(str, range(L))]),
-        "head": ipywidgets.Dropdown(options=["all", *map(str, range(H))]),
-        "turn": ipywidgets.IntSlider(last, min=min(replies), max=last),
+        "layer": ipywidgets.Dropdown(options=["all", *range(L)]),
+        "head": ipywidgets.Dropdown(options=["all", *range(H)]),
+        "turn": ipywidgets.SelectionSlider(options=list(replies), value=max(replies)),
         "reduce": ipywidgets.Dropdown(options=["max", "mean"]),
         "skip": ipywidgets.IntSlider(1, min=0, max=min(16, ids.shape[1] - 1)),
     }
