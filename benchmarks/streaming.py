@@ -28,7 +28,7 @@ from transformers.masking_utils import sdpa_mask
 
 from steerkit.attention.hook import use_attention_function
 from steerkit.streaming.latency import decode_pace, interleaved
-from steerkit.streaming.losses import next_token_loss, token_losses
+from steerkit.streaming.losses import negative_log_likelihood, token_losses
 from steerkit.streaming.sink_cache import SinkCache
 
 SINKS = 4
@@ -105,11 +105,11 @@ def perplexity(model: PreTrainedModel, window: int, ids: Tensor, repeats: int) -
 
     def slow() -> None:
         for t in range(tokens):
-            next_token_loss(official.step(ids[:, t : t + 1]), ids[:, t + 1 : t + 2])
+            negative_log_likelihood(official.step(ids[:, t : t + 1]), ids[:, t + 1 : t + 2])
 
     def fast() -> None:
         logits = model(piece[:, :-1], past_key_values=cache).logits
-        next_token_loss(logits, piece[:, 1:])
+        negative_log_likelihood(logits, piece[:, 1:])
 
     for start in range(0, SINKS + window + BLOCK, BLOCK):
         model(ids[:, start : start + BLOCK], past_key_values=cache)
@@ -179,7 +179,7 @@ def same_losses(model: PreTrainedModel, ids: Tensor) -> Row:
     """What is compared computes the same: largest difference in nats."""
     official, ids = Official(model, 28), ids[:, :200]
     steps = [
-        next_token_loss(official.step(ids[:, t : t + 1]), ids[:, t + 1 : t + 2])
+        negative_log_likelihood(official.step(ids[:, t : t + 1]), ids[:, t + 1 : t + 2])
         for t in range(ids.shape[1] - 1)
     ]
     ours = token_losses(model, ids, sinks=SINKS, window=28)

@@ -1,8 +1,8 @@
 """StreamingLLM one token per forward, written from the paper: nothing of steerkit is used here.
 
-Keys are kept as the model makes them at position 0, before any turn; each step lays out the cache,
-turns every key and the query to its slot with the model's own cos and sin, and runs plain softmax
-attention.
+Keys are kept as the model makes them at position 0, not yet rotated. Each step rotates every key
+and the query to its position in the cache, with the model's own cos and sin, and runs plain
+softmax attention.
 """
 
 import copy
@@ -13,7 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 
-def _turn(x: Tensor, rotary: nn.Module, positions: Tensor) -> Tensor:
+def rotate(x: Tensor, positions: Tensor, rotary: nn.Module) -> Tensor:
+    """The model's own rotary embedding: (B,H,T,D), positions (T,) -> (B,H,T,D)."""
     cos, sin = rotary(x.float(), positions[None])
     d = cos.shape[-1]
     a, rest = x[..., :d], x[..., d:]
@@ -43,7 +44,7 @@ class Oracle:
             not self.clamp and self.R is not None and self.t > self.S + self.R
         ):  # a control: true distances
             slots = torch.cat([slots[: self.S], slots[self.S :] + self.t - self.S - self.R])
-        k, q = _turn(keys, self.rotary, slots), _turn(query, self.rotary, slots[-1:])
+        k, q = rotate(keys, slots, self.rotary), rotate(query, slots[-1:], self.rotary)
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
         out = ((q @ k.mT) * (scaling or q.shape[-1] ** -0.5)).softmax(-1) @ v
@@ -56,7 +57,7 @@ class Oracle:
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
         """One token for each row: (B,) -> logits (B,V)."""
-        zero = torch.zeros(1, 1, dtype=torch.long)  # position 0 does not turn: raw keys arrive
+        zero = torch.zeros(1, 1, dtype=torch.long)  # position 0 does not rotate: raw keys arrive
         out = self.model(input_ids=ids[:, None], position_ids=zero, use_cache=False)
         self.t += 1
         return out.logits[:, -1]

@@ -2,35 +2,34 @@
 
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from oracle_streaming import Oracle
+from oracle_streaming import Oracle, rotate
 from tiny_models import V, tiny, tokens
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     DynamicCache,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.masking_utils import sdpa_mask
 
-from steerkit.attention.hook import softmax_off_by_one, use_attention_function
+from steerkit.attention.hook import AttentionCall, softmax_off_by_one, use_attention_function
 from steerkit.attention.record import attention_weights
 from steerkit.attention.rope import Rotation, learn_rotations
+from steerkit.streaming.conversation import stream_chat
 from steerkit.streaming.latency import decode_pace, interleaved
-from steerkit.streaming.losses import (
-    recomputed_losses,
-    stream_chat,
-    token_hits,
-    token_losses,
-    window_drift,
-)
-from steerkit.streaming.sink_cache import SinkCache
+from steerkit.streaming.losses import recomputed_losses, token_losses, window_drift
+from steerkit.streaming.sink_cache import SinkCache, plain_attention, visible
 from steerkit.streaming.stream_eval import (
     EvalStream,
     Fact,
@@ -38,6 +37,7 @@ from steerkit.streaming.stream_eval import (
     accuracy_by_distance,
     eval_hits,
     eval_stream,
+    is_greedy,
 )
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
@@ -53,13 +53,65 @@ def official() -> tuple[PreTrainedModel, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def stock_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    logits = model(ids).logits[:, :-1].log_softmax(-1)
+def stock_losses(model: PreTrainedModel, ids: Tensor, **inputs: Tensor) -> Tensor:
+    logits = model(ids, **inputs).logits[:, :-1].log_softmax(-1)
     return -logits.gather(-1, ids[:, 1:, None])[..., 0]
 
 
 def gap(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item()
+
+
+# The reference
+
+
+def test_the_cache_holds_what_the_last_token_saw() -> None:
+    """The drawing in sink_cache: two sinks, a window of four, after the tokens 0 to 8."""
+    assert visible(8, 2, 4) == [0, 1, 4, 5, 6, 7, 8]
+    assert visible(0, 2, 4) == [0] and visible(3, 2, 4) == [0, 1, 2, 3]
+    cache = SinkCache(tiny("llama"), sinks=2, window=4)
+    slots = cache.state.slots(0, 9, torch.device("cpu")).tolist()
+    assert [slots.index(0), slots.index(1), *(slots[t] for t in (7, 8, 4, 5, 6))] == list(range(7))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+@pytest.mark.parametrize(("sinks", "window"), [(3, 10), (0, 7), (5, 1)])
+def test_losses_equal_the_plain_reference(name: str, sinks: int, window: int) -> None:
+    model, ids = tiny(name), tokens(2, 60)
+    losses = token_losses(model, ids, sinks=sinks, window=window, block=25)
+    rotary = next(m for m in model.modules() if hasattr(m, "inv_freq"))
+    options = {"sinks": sinks, "window": window, "rotate": partial(rotate, rotary=rotary)}
+
+    def attend(_: object, q: Tensor, k: Tensor, v: Tensor, *__: object, **___: object) -> tuple:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        return plain_attention(q, k, v, **options).transpose(1, 2), None
+
+    AttentionInterface.register("plain", attend)
+    AttentionMaskInterface.register("plain", sdpa_mask)
+    model.set_attn_implementation("plain")
+    not_rotated = torch.zeros_like(ids)  # position 0
+    assert gap(losses, stock_losses(model, ids, position_ids=not_rotated)) < 2e-5
+
+
+def test_attention_of_a_block_is_pure(llama: PreTrainedModel) -> None:
+    cache, chunked = SinkCache(llama, sinks=2, window=10), []
+
+    def twice(attend: Callable[[AttentionCall], Tensor], call: AttentionCall) -> Tensor:
+        before = {name: x for name, x in vars(call).items() if isinstance(x, Tensor)}
+        copies = {name: x.clone() for name, x in before.items()}
+        first, again = attend(call), attend(call)
+        assert torch.equal(first, again)
+        assert all(vars(call)[name] is x for name, x in before.items())
+        assert all(torch.equal(x, copies[name]) for name, x in before.items())
+        masks = [(key, x) for key, x in cache.state.shared.items() if key[0] == "mask"]
+        assert all(torch.equal(x, cache.state.mask(*key[1:])) for key, x in masks)
+        chunked.append(len(masks))
+        return again
+
+    cache._edits = {module: partial(twice, attend) for module, attend in cache._edits.items()}
+    with torch.no_grad():
+        llama(tokens(1, 300), past_key_values=cache)
+    assert chunked == [2, 2]  # of at most 256 queries, in both layers
 
 
 # token_losses
@@ -194,8 +246,8 @@ def test_a_zero_sink_model_streams(llama: PreTrainedModel) -> None:
 def test_hits_are_the_greedy_tokens(llama: PreTrainedModel) -> None:
     ids = tokens(1, 30)
     new = llama.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=0)
-    assert token_hits(llama, new)[0, 29:].all()
-    assert not token_hits(llama, new + (new < V - 1))[0, 29:].all()
+    assert token_losses(llama, new, score=is_greedy)[0, 29:].all()
+    assert not token_losses(llama, new + (new < V - 1), score=is_greedy)[0, 29:].all()
 
 
 def test_interleaved_pairs_turn_as_complex_numbers() -> None:
@@ -455,39 +507,6 @@ def test_dense_ends_where_positions_end() -> None:
             token_losses(refused, tokens(1, 130))
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda m: token_losses(m, tokens(1, 9), window=0), "window=0"),
-        (lambda m: token_losses(m, tokens(1, 9), window=-3), "window=-3"),
-        (lambda m: token_losses(m, tokens(1, 9), sinks=-1, window=4), "sinks=-1"),
-        (lambda m: token_losses(m, tokens(1, 9), block=0), "block=0"),
-        (lambda m: token_losses(m, tokens(1, 0)), "at least two tokens"),
-        (lambda m: token_losses(m, tokens(0, 5)), "at least two tokens"),
-        (lambda m: token_losses(m, tokens(1, 1)), "at least two tokens"),
-        (lambda m: token_losses(m, tokens(1, 9)[0]), r"expected \(B, T\)"),
-        (lambda m: token_losses(m, tokens(1, 9).float()), "integer"),
-        (lambda m: token_losses(m, tokens(1, 9) + V), "vocabulary is 0 .. 95"),
-        (lambda m: token_losses(m, -tokens(1, 9)), "vocabulary is 0 .. 95"),
-        (lambda m: recomputed_losses(m, tokens(1, 9), length=0), "length=0"),
-        (lambda m: recomputed_losses(m, tokens(1, 9), length=4, positions=[8]), r"0 \.\. 7"),
-        (lambda m: recomputed_losses(m, tokens(1, 9), length=4, positions=[]), r"0 \.\. 7"),
-        (lambda m: recomputed_losses(m, tokens(1, 9), length=4, batch=0), "batch=0"),
-        (lambda m: SinkCache(m, sinks=-1), "sinks=-1"),
-        (lambda m: SinkCache(m, window=0), "window=0"),
-        (lambda m: next(stream_chat(m, words(), ["a"], max_new_tokens=0)), "max_new_tokens=0"),
-        (lambda m: eval_stream(words(), lines=0), "lines=0"),
-        (lambda m: eval_stream(words(), lines=9, back=[]), r"back=\[\]"),
-        (lambda m: eval_hits(m, eval_stream(words(), lines=9)), "no question"),
-    ],
-)
-def test_bad_input_is_one_clear_error(
-    llama: PreTrainedModel, call: Callable[[PreTrainedModel], object], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        call(llama)
-
-
 # stream_chat and StreamEval
 
 
@@ -554,8 +573,14 @@ def test_messages_are_read_lazily(llama: PreTrainedModel) -> None:
     assert [next(chat).kept for _ in range(5)][-1] == 25
 
 
+def register(number: int, rng: random.Random) -> Fact:
+    value = f"{rng.randrange(10**5):05d}"
+    line = f"line {number}: the content of register {number} is <{value}>.\n"
+    return Fact(line, f"Tell me the content of register {number}: <", value, ">\n")
+
+
 def test_eval_stream_asks_for_lines_that_are_there() -> None:
-    make = {"lines": 60, "every": 5, "back": [2, 9, 30], "seed": 3}
+    make = {"fact": register, "lines": 60, "every": 5, "back": [2, 9, 30], "seed": 3}
     stream = eval_stream(words(), **make)
     pieces = words().convert_ids_to_tokens(stream.ids[0])  # one character each
     assert "".join(pieces).startswith("<s>line 0: ")
@@ -572,14 +597,15 @@ def test_eval_stream_asks_for_lines_that_are_there() -> None:
     assert len(set(numbers)) == len(numbers) == 12
     assert {q.back for q in stream.queries} == {2, 9, 30}
     assert torch.equal(eval_stream(words(), **make).ids, stream.ids)
-    dense = eval_stream(words(), lines=40, every=1, back=[1, 2, 3])
+    dense = eval_stream(words(), fact=register, lines=40, every=1, back=[1, 2, 3])
     assert len({query.read for query in dense.queries}) == len(dense.queries)  # none asked twice
 
 
 def test_hits_need_every_token_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     hits = torch.ones(1, 19, dtype=torch.bool)
     hits[0, 9] = False  # token 10 is not what the model would say
-    monkeypatch.setattr("steerkit.streaming.stream_eval.token_hits", lambda *_, **__: hits)
+    losses = "steerkit.streaming.stream_eval.token_losses"
+    monkeypatch.setattr(losses, lambda *_, **__: hits.float())
     queries = [Query(8, 10, 5, 1), Query(9, 11, 5, 2), Query(11, 13, 5, 2), Query(10, 12, 1, 2)]
     stream = EvalStream(torch.zeros(1, 20, dtype=torch.long), queries)
     found = eval_hits(None, stream, sinks=4, window=8)
@@ -589,23 +615,11 @@ def test_hits_need_every_token_of_the_answer(monkeypatch: pytest.MonkeyPatch) ->
     assert two == (2, pytest.approx((4 + 6 + 9) / 3), pytest.approx(1 / 3), 3)
 
 
-def test_eval_speaks_the_caller_s_language() -> None:
-    def fact(number: int, rng: random.Random) -> Fact:
-        return Fact(
-            f"<user>P{number} has a {rng.choice('xyz')}.<end>", f"P{number}? ", "x", "<end>"
-        )
-
-    stream = eval_stream(words(), lines=4, every=2, back=1, fact=fact, start="")
-    text = "".join(words().convert_ids_to_tokens(stream.ids[0]))
-    assert text.startswith("<user>P0 has a ") and text.endswith("P2? x<end>")
-
-
-def test_the_door_stays_out_of_a_stream_s_way(llama: PreTrainedModel) -> None:
-    """A recorder next to a stream: edits refuse to nest, and the stream then still works."""
+def test_a_recorder_and_a_stream_take_turns(llama: PreTrainedModel) -> None:
     ids = tokens(1, 60)
-    want = token_losses(llama, ids, sinks=2, window=10)
+    losses = token_losses(llama, ids, sinks=2, window=10)
     with use_attention_function(llama):
-        assert torch.equal(token_losses(llama, ids, sinks=2, window=10), want)
+        assert torch.equal(token_losses(llama, ids, sinks=2, window=10), losses)
     assert attention_weights(llama, ids[:, :9]).shape == (2, 4, 9, 9)
 
 
@@ -627,52 +641,3 @@ def test_pace_counts_the_keys_and_values_in_sight(llama: PreTrainedModel) -> Non
     assert pace["streaming"].megabytes == pytest.approx((41 + 4 / 2) * per_token)
     assert pace["re-computation"].megabytes == 0
     assert all(p.milliseconds > 0 and p.cache == 40 for p in pace.values())
-
-
-# Out of memory
-
-
-def starve(monkeypatch: pytest.MonkeyPatch, model, tokens: int) -> list[int]:
-    """Forwards of more than `tokens` tokens run out of memory; returns the sizes tried."""
-    tried, forward = [], model.forward
-
-    def limited(input_ids=None, **kwargs):
-        tried.append(input_ids.numel())
-        if input_ids.numel() > tokens:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
-        return forward(input_ids=input_ids, **kwargs)
-
-    monkeypatch.setattr(model, "forward", limited)
-    return tried
-
-
-def test_recomputation_halves_its_batch_and_ends_the_same(tiny, monkeypatch) -> None:
-    ids = torch.arange(60).view(2, 30)
-    plain = recomputed_losses(tiny[0], ids, length=6, batch=1)
-    tried = starve(monkeypatch, tiny[0], 13)
-    assert torch.allclose(recomputed_losses(tiny[0], ids, length=6, batch=16), plain, atol=1e-5)
-    assert tried[1:4] == [96, 48, 24] and max(tried[4:]) == 12  # 16, 8, 4, 2 windows of 6 tokens
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda m, x: recomputed_losses(m, x, length=8),
-            "one window of 8 tokens: take a smaller l",
-        ),
-        (lambda m, x: token_losses(m, x, window=8, block=9), "block=9: take a smaller block"),
-        (lambda m, x: token_losses(m, x), "block=256: take a smaller block or window"),
-    ],
-)
-def test_what_does_not_fit_says_what_to_lower_and_leaves_the_model_usable(
-    tiny, monkeypatch, call, message
-) -> None:
-    ids = torch.arange(24).view(1, -1)
-    plain = token_losses(tiny[0], ids)
-    with monkeypatch.context() as patch:
-        starve(patch, tiny[0], 7)
-        with pytest.raises(torch.OutOfMemoryError, match=message) as caught:
-            call(tiny[0], ids)
-    assert "\n" not in str(caught.value)
-    assert torch.equal(token_losses(tiny[0], ids), plain)

@@ -1,12 +1,12 @@
 """The Bigram-Backcopy task (2410.13835, section 2): a model of one layer grows a sink in a minute.
 
-Ids 0 .. V-1 are a Markov chain, the first of them triggers: after a trigger comes again the token
-that stood before it. Id V never occurs in the chain: it is the paper's BOS, or, said otherwise,
-StreamingLLM's learnable sink token. Axes: B batch, T tokens, V tokens of the chain.
+The ids 0 to V - 1 form a Markov chain. The first of them are triggers: after a trigger the token
+before it comes once more. All other tokens are idle: a head that copies must stay silent there.
+Id V never occurs in the chain. It is the paper's BOS, and StreamingLLM's learnable sink token.
+Axes: B batch, T tokens, V tokens of the chain.
 """
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,29 +15,30 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from steerkit.attention.hook import softmax_off_by_one
 from steerkit.attention.record import WeightChunk, record_weights, value_norms
-from steerkit.files import data_file, write_bytes
-from steerkit.fit import Batches, fit
+from steerkit.files import data_file
 from steerkit.streaming.losses import recomputed_losses, token_losses
 
-CACHE = 64  # tokens kept; training sequences are as long as a full cache and the current token
-BATCH = 64
+CACHE = 64  # tokens; training sequences are as long as a full cache and the current token
+BATCH, WARMUP = 64, 50
 ARMS = ("vanilla", "common first token", "zero sink", "learnable sink")
 SNAPSHOTS = (50, 100, 150, 200, 300, 400)
-# Data seeds: training steps of seed s start at s * 10**6, held-out streams far above all of them.
+# Seed of the held-out data, far above those of the training steps: s * 10**6 and on for seed s.
 _HELD_OUT = 10**9
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training: `arm` decides the first token (and the softmax), the rest task and model.
+    """One training. `arm` decides the first token (and the softmax), the rest task and model.
 
-    `width` is the residual stream's, `inner` the MLP's; one layer, one head, tied embeddings.
+    tokens, triggers: of the chain. often: how often a trigger follows an idle token.
+    width, inner: of the residual stream and the MLP. One layer, one head, tied embeddings.
     """
 
     arm: str = "learnable sink"
@@ -70,21 +71,20 @@ RUNS: dict[str, Recipe] = {arm: Recipe(arm) for arm in ARMS} | {
 }
 
 
-# The task
+# --- the task ----------------------------------------------------------------------------------
 
 
 @cache
 def chain(recipe: Recipe) -> Tensor:
-    """Transition probabilities (V, V) after an idle token: a trigger with probability `often`.
+    """Transition probabilities (V,V) after an idle token: a trigger with probability `often`.
 
-    Its rows come from sparse Dirichlet distributions, the same for all seeds of training; the paper
-    takes the bigrams of Shakespeare's characters.
+    Sparse Dirichlet distributions, the same for all seeds of training. (The paper takes the bigrams
+    of Shakespeare's characters.)
     """
     draw, idle = np.random.default_rng(0), recipe.tokens - recipe.triggers
     to_idle = draw.dirichlet([8 / idle] * idle, recipe.tokens)
     to_trigger = draw.dirichlet([2 / recipe.triggers] * recipe.triggers, recipe.tokens)
-    rows = np.hstack([recipe.often * to_trigger, (1 - recipe.often) * to_idle])
-    return torch.from_numpy(rows)
+    return torch.from_numpy(np.hstack([recipe.often * to_trigger, (1 - recipe.often) * to_idle]))
 
 
 def is_trigger(recipe: Recipe, ids: Tensor) -> Tensor:
@@ -92,12 +92,14 @@ def is_trigger(recipe: Recipe, ids: Tensor) -> Tensor:
     return ids < recipe.triggers
 
 
-def sample(recipe: Recipe, B: int, T: int, *, seed: int) -> Tensor:
-    """Crops of the endless stream, ids (B, T): no first token in front, equal for equal seeds."""
+def crops(recipe: Recipe, B: int, T: int, *, seed: int) -> Tensor:
+    """Random crops of the endless stream, without a first token in front: (B,T)."""
     if B < 1 or T < 1:
         raise ValueError(f"B={B}, T={T}: expected at least one sequence of one token")
     cumulative, draw = chain(recipe).cumsum(-1), torch.Generator().manual_seed(seed)
-    warm = 8  # forget the start: an idle token, for two triggers in a row would copy for ever
+    warm = (
+        8  # steps to forget the start, which is idle: two triggers would copy each other for ever
+    )
     before = now = torch.randint(recipe.triggers, recipe.tokens, (B,), generator=draw)
     u = torch.rand(T + warm, B, 1, generator=draw, dtype=torch.float64)
     stream = []
@@ -118,36 +120,35 @@ def first_token(recipe: Recipe) -> int | None:
 
 
 def sequences(recipe: Recipe, B: int, T: int, *, seed: int) -> Tensor:
-    """Ids (B, T): the arm's first token, if it has one, and a random crop behind it."""
+    """The arm's first token, if it has one, and a random crop behind it: (B,T)."""
     first = first_token(recipe)
     if first is None:
-        return sample(recipe, B, T, seed=seed)
-    return torch.cat([torch.full((B, 1), first), sample(recipe, B, T - 1, seed=seed)], 1)
+        return crops(recipe, B, T, seed=seed)
+    return torch.cat([torch.full((B, 1), first), crops(recipe, B, T - 1, seed=seed)], 1)
 
 
-def batches(recipe: Recipe) -> Batches:
-    """`fit`'s batches: CACHE + 1 inputs and the last target, ids (64, 66)."""
-    start = recipe.seed * 10**6
-    return lambda step: sequences(recipe, BATCH, CACHE + 2, seed=start + step)
+def batch(recipe: Recipe, step: int) -> Tensor:
+    """What step `step` trains on: CACHE + 1 inputs and the last target, ids (64,66)."""
+    return sequences(recipe, BATCH, CACHE + 2, seed=recipe.seed * 10**6 + step)
 
 
 def held_out(recipe: Recipe, B: int, T: int) -> Tensor:
-    """Streams (B, T) that no training saw; the same crops for every arm of a task."""
+    """Streams (B,T) that no training saw; the same crops for every arm of a task."""
     return sequences(recipe, B, T, seed=_HELD_OUT)
 
 
 def best_losses(recipe: Recipe, ids: Tensor) -> Tensor:
-    """Losses (B, T-1) in nats of one who knows the chain: none after a trigger.
+    """Losses in nats of a predictor that knows the chain: (B,T) -> (B,T-1).
 
-    A sequence's second token must be idle to be known: a trigger there copies what was cut off.
+    0 after a trigger, otherwise -log p. Wrong for position 1 if a trigger stands there: the token
+    that it copies is outside the crop.
     """
-    now, following = ids[:, :-1], ids[:, 1:]
-    rows = chain(recipe)[now.clamp(max=recipe.tokens - 1)]
-    drawn = -rows.gather(-1, following.clamp(max=recipe.tokens - 1)[..., None]).log().squeeze(-1)
-    return torch.where(is_trigger(recipe, now), 0.0, drawn).float()
+    known = ids.clamp(max=recipe.tokens - 1)
+    drawn = -chain(recipe)[known[:, :-1], known[:, 1:]].log()
+    return torch.where(is_trigger(recipe, ids[:, :-1]), 0.0, drawn).float()
 
 
-# The model
+# --- the model ---------------------------------------------------------------------------------
 
 
 def new_model(recipe: Recipe) -> LlamaForCausalLM:
@@ -174,12 +175,80 @@ def architecture(recipe: Recipe, model: PreTrainedModel) -> AbstractContextManag
     return softmax_off_by_one(model) if recipe.arm == "zero sink" else nullcontext()
 
 
-# What is measured
+def train(
+    model: PreTrainedModel, recipe: Recipe, steps: int, callback: Callable[[int, nn.Module], None]
+) -> list[dict[str, float]]:
+    """Train a new model, inside its `architecture`; return the mean loss of each 50 steps, in nats.
+
+    AdamW at a constant rate after a warm-up. `callback(step, model)` sees the model after each
+    step, from 1.
+    """
+    # Norm gains are not decayed: pulling them to zero is a different prior.
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    losses, log = [], []
+    model.train()
+    for step in tqdm(range(1, steps + 1), unit="step", delay=2, leave=False):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr * min(1.0, step / WARMUP)
+        loss = next_token_loss(model, batch(recipe, step - 1).to(model.device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.detach())
+        if step % 50 == 0 or step == steps:
+            log.append({"step": step, "loss": torch.stack(losses).mean().item()})
+            losses = []
+        callback(step, model)
+    model.eval()
+    return log
 
 
-class Looks(NamedTuple):
-    """Where each query looks, (B, T) each: its weight on key 0 and on its own token, and over how
-    many keys it spreads (exp of the entropy; 1 = a single one).
+def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """Mean negative log-likelihood in nats of ids[:, 1:]: (B,T) -> ()."""
+    logits = model(ids[:, :-1], use_cache=False).logits  # (B,T-1,V+1)
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def folder_name(name: str, seed: int) -> str:
+    """The folder of one stored run."""
+    return f"{name.replace(' ', '_')}-seed{seed}"
+
+
+def load_run(
+    name: str, seed: int = 0, *, step: int | None = None, folder: Path | None = None
+) -> tuple[LlamaForCausalLM, Recipe]:
+    """A stored model and its recipe; `step` picks a snapshot (default: the last).
+
+    Raises ValueError for an unknown name, FileNotFoundError if that run or step is not stored.
+    """
+    if name not in RUNS:
+        raise ValueError(f"run {name!r}: expected one of {', '.join(RUNS)}")
+    recipe = replace(RUNS[name], seed=seed)
+    step = recipe.steps if step is None else step
+    runs = data_file("backcopy") if folder is None else folder
+    path = runs / folder_name(name, seed) / f"step-{step}.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path.parent.name} has no step {step}; train it with "
+            "`python data/make/backcopy_runs.py --out DIR`"
+        )
+    model, weights = new_model(recipe), load_file(path)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.copy_(weights[key])
+    return model, recipe
+
+
+# --- what is measured --------------------------------------------------------------------------
+
+
+class AttentionStats(NamedTuple):
+    """Of each query, (B,T) each: its weight on key 0 and on its own token, and over how many keys
+    it spreads its weight (exp of the entropy; 1 = a single one).
     """
 
     first: Tensor
@@ -187,25 +256,23 @@ class Looks(NamedTuple):
     keys: Tensor
 
 
-def looks(model: PreTrainedModel, ids: Tensor) -> Looks:
-    """Read from one forward over ids (B, T); mean over heads and layers."""
+def attention_stats(model: PreTrainedModel, ids: Tensor) -> AttentionStats:
+    """Read from one forward of a model of one layer over ids (B,T); mean over heads."""
     parts: list[Tensor] = []
 
-    def keep(rows: WeightChunk) -> None:
-        w = rows.weights.cpu()  # (B, H, q, K)
-        own = w.diagonal(rows.start, 2, 3)  # (B, H, q)
-        share = w / w.sum(-1, keepdim=True)  # the zero sink's rows sum to less than 1
+    def record(chunk: WeightChunk) -> None:
+        weights = chunk.weights.cpu()  # (B,H,q,K)
+        itself = weights.diagonal(chunk.start, 2, 3)  # (B,H,q)
+        share = weights / weights.sum(-1, keepdim=True)  # with a zero sink the sum is less than 1
         keys = torch.special.entr(share).sum(-1).exp()
-        parts.append(torch.stack([w[..., 0], own, keys]).mean(2))  # (3, B, q)
+        parts.append(torch.stack([weights[..., 0], itself, keys]).mean(2))  # (3,B,q)
 
-    record_weights(model, ids, keep)
-    layers = model.config.num_hidden_layers
-    found = torch.cat(parts, -1).unflatten(-1, (layers, ids.shape[1])).mean(-2)  # (3, B, T)
-    return Looks(*found)
+    record_weights(model, ids, record)
+    return AttentionStats(*torch.cat(parts, dim=-1))
 
 
 def cache_losses(model: PreTrainedModel, ids: Tensor, sinks: Sequence[int]) -> Tensor:
-    """Mean loss of each stream with caches of s + (CACHE - s) tokens: ids (B, T) -> (S, B) nats.
+    """Mean loss of each stream, with a cache of s + (CACHE - s) tokens for each s: (B,T) -> (S,B).
 
     The first 2 CACHE tokens are left out: every cache must have evicted.
     """
@@ -214,9 +281,10 @@ def cache_losses(model: PreTrainedModel, ids: Tensor, sinks: Sequence[int]) -> T
 
 
 def measure(model: PreTrainedModel, recipe: Recipe, ids: Tensor) -> dict[str, float]:
-    """The four losses of StreamingLLM's Figure 3 on streams ids (B, T), and what the head does.
+    """The four losses of StreamingLLM's Figure 3 on streams ids (B,T), and what the head does.
 
-    "streaming" keeps one token; "after triggers" and "idle, above best" split its loss.
+    "streaming" has one sink; "after triggers" and "idle, above best" split its loss. The head is
+    read in sequences as long as in training, its weights after the first quarter.
     """
     window, streaming = (
         token_losses(model, ids, sinks=s, window=CACHE - s)[:, 2 * CACHE :] for s in (0, 1)
@@ -225,140 +293,47 @@ def measure(model: PreTrainedModel, recipe: Recipe, ids: Tensor) -> dict[str, fl
     fresh = recomputed_losses(model, ids, length=CACHE + 1, positions=late[::8])
     trigger = is_trigger(recipe, ids.cpu())[:, late]
     above = streaming - best_losses(recipe, ids.cpu())[:, late]
-    return {
-        "dense": token_losses(model, ids)[:, late].mean().item(),
-        "window": window.mean().item(),
-        "streaming": streaming.mean().item(),
-        "re-computation": fresh.mean().item(),
-        "after triggers": streaming[trigger].mean().item(),
-        "idle, above best": above[~trigger].mean().item(),
-        **_head(model, recipe, ids[:, : CACHE + 1]),
+    short, quarter = ids[:, : CACHE + 1], slice(CACHE // 4, None)
+    idle = ~is_trigger(recipe, short.cpu()[:, quarter])
+    first, itself, keys = (x[:, quarter] for x in attention_stats(model, short))
+    norms = value_norms(model, short).mean((0, 1))  # (T,)
+    numbers = {
+        "dense": token_losses(model, ids)[:, late].mean(),
+        "window": window.mean(),
+        "streaming": streaming.mean(),
+        "re-computation": fresh.mean(),
+        "after triggers": streaming[trigger].mean(),
+        "idle, above best": above[~trigger].mean(),
+        "weight on first, idle": first[idle].mean(),
+        "weight on first, trigger": first[~idle].mean(),
+        "weight on itself, idle": itself[idle].mean(),
+        "keys, idle": keys[idle].mean(),
+        "value norm, first": norms[0],
+        "value norm, others": norms[1:].mean(),
     }
+    return {name: number.item() for name, number in numbers.items()}
 
 
-def _head(model: PreTrainedModel, recipe: Recipe, ids: Tensor) -> dict[str, float]:
-    """Weights and values in sequences as long as in training; weights after the first quarter."""
-    idle = ~is_trigger(recipe, ids.cpu()[:, CACHE // 4 :])
-    seen = Looks(*(x[:, CACHE // 4 :] for x in looks(model, ids)))
-    norms = value_norms(model, ids).mean((0, 1))  # (T,)
-    return {
-        "weight on first, idle": seen.first[idle].mean().item(),
-        "weight on first, trigger": seen.first[~idle].mean().item(),
-        "weight on itself, idle": seen.itself[idle].mean().item(),
-        "keys, idle": seen.keys[idle].mean().item(),
-        "value norm, first": norms[0].item(),
-        "value norm, others": norms[1:].mean().item(),
-    }
-
-
-# Trainings, shipped and live
-
-
-def train(name: str, seed: int, out: Path, *, progress: bool = True) -> None:
-    """Train RUNS[name] into out/<name>-seed<seed>/: log, weights, for seed 0 of the learnable sink
-    also the SNAPSHOTS. A killed training continues; a finished one is left alone.
-    """
-    recipe = _recipe(name, seed)
-    folder = Path(out) / folder_name(name, seed)
-    if (folder / f"step-{recipe.steps}.safetensors").exists():
-        return
-    model = new_model(recipe)
-    wanted = SNAPSHOTS if (name, seed) == ("learnable sink", 0) else ()
-
-    def snapshot(step: int, model: PreTrainedModel) -> None:
-        if step in wanted or step == recipe.steps:
-            weights = {k: p.detach().half() for k, p in model.named_parameters()}
-            write_bytes(folder / f"step-{step}.safetensors", save(weights))
-
-    with architecture(recipe, model):
-        fit(model, batches(recipe), **settings(recipe), out=folder, every=200, callback=snapshot,
-            progress=progress)  # fmt: skip
-    (folder / "state.safetensors").unlink()  # the optimizer is no part of the result
-
-
-def settings(recipe: Recipe) -> dict[str, float]:
-    """`fit`'s settings: warm-up of 50 steps, then a constant rate."""
-    return {
-        "steps": recipe.steps,
-        "lr": recipe.lr,
-        "weight_decay": recipe.weight_decay,
-        "warmup": 50,
-        "decay": 0.0,
-    }
-
-
-def _recipe(name: str, seed: int) -> Recipe:
-    if name not in RUNS:
-        raise ValueError(f"run {name!r}: expected one of {', '.join(RUNS)}")
-    return replace(RUNS[name], seed=seed)
-
-
-def folder_name(name: str, seed: int) -> str:
-    """The folder of one shipped run."""
-    return f"{name.replace(', ', '-').replace(' ', '_')}-seed{seed}"
-
-
-def load_run(
-    name: str, seed: int = 0, *, step: int | None = None, folder: Path | None = None
-) -> tuple[LlamaForCausalLM, Recipe]:
-    """A shipped model and its recipe; `step` picks a snapshot (default: the last).
-
-    Raises ValueError for an unknown name, FileNotFoundError if that run or step is not stored.
-    """
-    recipe = _recipe(name, seed)
-    folder = data_file("backcopy") if folder is None else Path(folder)
-    path = folder / folder_name(name, seed) / f"step-{step or recipe.steps}.safetensors"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path.parent.name} has no step {step or recipe.steps}; train it with "
-            "`python -m steerkit.streaming.backcopy train --out DIR`"
-        )
-    model = new_model(recipe)
-    _put(model, load_file(path))
-    return model, recipe
-
-
-def _put(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
-
-
-def grow(
+def train_and_measure(
     recipe: Recipe, ids: Tensor, *, live: int, steps: Sequence[int] = (0, *SNAPSHOTS, 600)
 ) -> list[dict[str, float]]:
-    """Train for `live` steps and `measure` on streams ids (B, T) at each of `steps`: rows with seed
-    and step. Steps later than `live` are read from the shipped run of the learnable sink.
-    """
-    rows: list[dict[str, float]] = []
+    """Train for `live` steps and `measure` on streams ids (B,T) at each of `steps`.
 
-    def look(step: int, model: PreTrainedModel) -> None:
+    Steps later than `live` are read from the stored run of the learnable sink. One dict for each
+    step, with seed and step.
+    """
+    measured: list[dict[str, float]] = []
+
+    def measure_at(step: int, model: PreTrainedModel) -> None:
         if step in steps:
-            rows.append({"seed": recipe.seed, "step": step, **measure(model, recipe, ids)})
+            numbers = measure(model, recipe, ids)
+            measured.append({"seed": recipe.seed, "step": step, **numbers})
 
     model = new_model(recipe).to(ids.device)
-    look(0, model)
-    fit(model, batches(recipe), **settings(replace(recipe, steps=live)), callback=look)
+    measure_at(0, model)
+    train(model, recipe, live, measure_at)
     for step in steps:
         if step > live:
-            look(step, load_run("learnable sink", recipe.seed, step=step)[0].to(ids.device))
-    return rows
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """`python -m steerkit.streaming.backcopy train --out DIR`: reproduce data/backcopy/."""
-    parser = argparse.ArgumentParser(
-        prog="python -m steerkit.streaming.backcopy", description=main.__doc__
-    )
-    parser.add_argument("command", choices=("train",))
-    parser.add_argument("--out", type=Path, required=True, help="one folder per run and seed here")
-    parser.add_argument("--runs", nargs="+", choices=tuple(RUNS), default=tuple(RUNS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
-    args = parser.parse_args(argv)
-    for seed in args.seeds:
-        for name in args.runs:
-            train(name, seed, args.out)
-
-
-if __name__ == "__main__":
-    main()
+            stored, _ = load_run("learnable sink", recipe.seed, step=step)
+            measure_at(step, stored.to(ids.device))
+    return measured

@@ -1,20 +1,19 @@
 """Milliseconds per token by cache size: Figure 10 of StreamingLLM (2309.17453) on any model.
 
 Times on a shared machine drift, so what is compared runs in turn, round by round, and medians are
-taken. On a CPU with one thread the clock counts the time that this process ran, and not the time it
-waited for others. Ratios are trustworthy where milliseconds are not.
+taken. On a CPU with one thread the clock counts the time that this process ran, not the time that
+it waited for others. Trust the ratios more than the milliseconds.
 """
 
-import inspect
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from steerkit.streaming.losses import last_only
 from steerkit.streaming.sink_cache import SinkCache
 
 _FILL_BLOCK = 256
@@ -26,15 +25,13 @@ def interleaved(
     """Median seconds of each step; every round runs each of them once, in turn."""
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: expected at least one round")
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(warmup + repeats):
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(warmup + repeats):
         for name, step in steps.items():
             start = _now()
             step()
-            stop = _now()
-            if turn >= warmup:
-                times[name].append(stop - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+            seconds[name].append(_now() - start)
+    return {name: statistics.median(values[warmup:]) for name, values in seconds.items()}
 
 
 def _now() -> float:
@@ -60,7 +57,7 @@ def decode_pace(
     """Pace of dense, re-computation and streaming decoding with `cache` tokens in sight (batch 1).
 
     Streaming keeps `sinks` + (`cache` - `sinks`) keys. Dense has just as many at first and grows:
-    its time at this length, not for ever. Re-computation reads the last `cache` tokens anew.
+    its time is that of this length. Re-computation reads the last `cache` tokens anew.
     """
     if not sinks < cache:
         raise ValueError(f"cache={cache}: expected more than the {sinks} sinks")
@@ -69,26 +66,16 @@ def decode_pace(
     ids = torch.randint(vocabulary, (1, cache), generator=generator).to(model.device)
     streaming = SinkCache(model, sinks=sinks, window=cache - sinks)
     dense = DynamicCache(config=model.config)
-    for filled in (streaming, dense):
+    for past in (streaming, dense):
         for piece in ids.split(_FILL_BLOCK, dim=1):
-            model(piece, past_key_values=filled)
-    model(ids[:, :2], past_key_values=streaming)  # beyond its capacity: every step evicts
+            model(piece, past_key_values=past)
+    model(ids[:, :2], past_key_values=streaming)  # the cache is full: each step evicts
     steps = {
         "dense": lambda: model(ids[:, :1], past_key_values=dense),
         "re-computation": lambda: model(ids, use_cache=False, **last_only(model)),
         "streaming": lambda: model(ids[:, :1], past_key_values=streaming),
     }
-    held = {"dense": _nbytes(dense), "re-computation": 0, "streaming": streaming.nbytes}
+    dense_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in dense.layers)
+    stored = {"dense": dense_bytes, "re-computation": 0, "streaming": streaming.nbytes}
     seconds = interleaved(steps, repeats=repeats)
-    return [Pace(name, cache, 1e3 * seconds[name], held[name] / 2**20) for name in steps]
-
-
-def last_only(model: PreTrainedModel) -> dict[str, int]:
-    """Spares the vocabulary head all positions but the last, where the model offers it."""
-    known = "logits_to_keep" in inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if known else {}
-
-
-def _nbytes(cache: DynamicCache) -> int:
-    tensors: list[Tensor] = [x for layer in cache.layers for x in (layer.keys, layer.values)]
-    return sum(x.nbytes for x in tensors)
+    return [Pace(name, cache, 1e3 * seconds[name], stored[name] / 2**20) for name in steps]

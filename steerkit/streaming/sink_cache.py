@@ -1,223 +1,249 @@
-"""`SinkCache`: the cache of StreamingLLM (2309.17453, section 3.2): sink tokens + a ring of recent
-keys.
+"""`SinkCache`: the cache of StreamingLLM (2309.17453, section 3.2), for streams without end.
 
-A token attends to S sinks, to the R keys before it and to itself, at positions counted inside the
-cache: the query of token t sits at slot min(t, S + R). Seen from the query: recent keys at their
-true distance, sink i at distance min(t, S + R) - i. So recent keys stay as the model rotated them,
-and only S keys turn per token. Axes: B batch, H query heads, K key positions, D head size, S sinks,
-R window, n new tokens of one forward.
+A token attends to the first S tokens (the sinks), to the R tokens before it (the window) and to
+itself. What is neither sink nor recent is evicted: its key and value are overwritten. With S = 2
+and R = 4, after the tokens 0 to 8:
+
+    slot      0    1  |  2    3    4    5    6
+    token     0    1  |  7    8    4    5    6
+              sinks   |  ring of R + 1 slots
+                              |    |
+                         newest    oldest: evicted by token 9
+
+Positions are counted inside the cache, not in the text. The kept tokens in order, 0 1 4 5 6 7 8,
+have the positions 0 to 6; so the newest token never stands beyond position S + R. `visible` and
+`plain_attention` below say the same in code, token by token. `SinkCache` computes the same, fast:
+
+- A recent key has its true distance from the query. It stays as the model rotated it.
+- Only a sink's distance differs from the text's, by the *excess* of the token's position in the
+  text over S + R. For one query the S sink keys are rotated by the excess. In a block of queries
+  each has its own excess: the sinks' scores are corrected instead.
+
+Axes: B batch, H query heads, K keys, D head size, S sinks, R window, n new tokens of a forward.
 """
 
 import weakref
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from steerkit.attention.hook import AttentionCall, attach_to_modules, use_attention_function
 from steerkit.attention.rope import Rotation, learn_rotations, rope_kinds
 
-# How far the model's positions may run ahead of the cache's before they restart. Its angles are
-# float32, so small positions are exact; keys in half precision lose more by being turned again, and
-# restart seldom.
+# How far the model's positions may run ahead of the cache's before all keys are rotated back. The
+# model's angles are float32, exact at small positions only. Keys in half precision lose more by
+# each rotation than by a large angle, so they are rotated back more rarely.
 _AHEAD_FLOAT32, _AHEAD_HALF = 256, 4096
-_QUERY_CHUNK = 256
+_QUERY_CHUNK = 256  # queries that share one mask
 
 
-class _Stream:
-    """What the layers of one cache share: where the stream stands, and the forward now running."""
+def visible(t: int, sinks: int, window: int) -> list[int]:
+    """The tokens that token t attends to; the place in this list is a token's position."""
+    return [*range(min(sinks, t + 1)), *range(max(sinks, t - window), t + 1)]
 
-    def __init__(self, sinks: int, window: int) -> None:
-        self.sinks, self.window, self.capacity = sinks, window, sinks + window + 1
-        self.restart()
 
-    def restart(self) -> None:
-        self.seen = 0  # tokens of the whole stream
-        self.shift = 0  # what re-basing took off the model's positions
-        self.origin = 0  # token t sits in ring slot (t - S - origin) % (R + 1)
-        self.n = 0  # new tokens of the running forward, 0 between forwards
-        self.updated = 0  # layers that have stored them
-        self.tables: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
-        self.bias: tuple[tuple[Any, ...], Tensor | None] = ((), None)
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, sinks: int, window: int, rotate: Callable
+) -> Tensor:
+    """The reference: (...,T,D) each, not yet rotated -> (...,T,D). No cache, quadratic in T.
+
+    `rotate(x, positions)` is the model's rotary embedding: (...,T,D), (T,) -> (...,T,D).
+    """
+    outputs = []
+    for t in range(query.shape[-2]):
+        kept = visible(t, sinks, window)
+        positions = torch.arange(len(kept))
+        q = rotate(query[..., [t], :], positions[-1:])
+        k = rotate(key[..., kept, :], positions)
+        weights = (q @ k.mT * query.shape[-1] ** -0.5).softmax(-1)
+        outputs.append(weights @ value[..., kept, :])
+    return torch.cat(outputs, dim=-2)
+
+
+@dataclass
+class StreamState:
+    """Where the stream of one cache stands. All layers share it; a forward changes it once.
+
+    seen: tokens of the stream before the running forward.
+    shift: the model gives token t the position t - shift.
+    new: tokens of the running forward; 0 between forwards.
+    shared: what all layers of the running forward need, made by the first of them.
+    """
+
+    sinks: int
+    window: int
+    seen: int = 0
+    shift: int = 0
+    new: int = 0
+    shared: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
-    def fits(self) -> bool:
-        """The forward evicts nothing, or has one query: the model's own attention is right."""
-        return self.n == 1 or self.seen + self.n <= self.capacity
+    def capacity(self) -> int:
+        return self.sinks + self.window + 1
 
     @property
-    def slot(self) -> int:
-        """Ring slot of the next token, and of the oldest key once the ring is full."""
-        return (self.seen - self.sinks - self.origin) % (self.window + 1)
+    def is_block(self) -> bool:
+        """Several queries, and not all kept keys are visible to all: the mask is not causal."""
+        return self.new > 1 and self.seen + self.new > self.capacity
 
-    def table(
-        self, rotation: Rotation, queries: range, sign: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Turn by sign * (model's position - in-cache position) of new tokens, for all layers."""
-        key = (id(rotation), queries.start, device)
-        if key not in self.tables:
-            t = torch.arange(queries.start, queries.stop) + self.seen
-            excess = t - self.shift - t.clamp(max=self.sinks + self.window)
-            self.tables[key] = rotation.table(sign * excess.to(device))
-        return self.tables[key]
+    @property
+    def oldest(self) -> int:
+        """The first token behind the sinks that was kept from earlier forwards."""
+        return max(self.sinks, self.seen - self.window - 1)
 
-    def advance(self) -> None:
-        if not self.fits:
-            self.origin = self.seen + self.n - self.capacity  # a block leaves the ring sorted
-        self.seen += self.n
-        self.n = 0
-        self.tables.clear()
+    def share(self, make: Callable[..., Any], *args: Hashable) -> Any:
+        """`make(*args)`, computed once for all layers of a forward."""
+        key = (make.__name__, *args)
+        if key not in self.shared:
+            self.shared[key] = make(*args)
+        return self.shared[key]
 
-    def visible_bias(self, call: AttentionCall, first: int, rest: int) -> Tensor:
-        """0 / -inf (B,H,n,K): keys are the sinks and the tokens from `rest`, queries from `first`.
+    def slots(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Slots of the tokens start .. stop - 1: (stop - start,)."""
+        t = torch.arange(start, stop, device=device)
+        return torch.where(t < self.sinks, t, self.sinks + (t - self.sinks) % (self.window + 1))
 
-        Kept between calls: in a long stream every block has the same one, and layers rewrite the
-        sink columns.
-        """
-        (B, H, n, _), K, query = call.query.shape, call.key.shape[2], call.query
-        key = (B, H, n, K, first - rest, min(first, self.sinks), query.dtype, query.device)
-        if self.bias[0] != key:
-            t = torch.arange(first, first + n, device=query.device)[:, None]
-            j = torch.arange(rest, rest + K - self.sinks, device=query.device)
-            sink = torch.arange(self.sinks, device=query.device)
-            seen = torch.cat([sink <= t, (j <= t) & (j >= t - self.window)], dim=1)
-            bias = query.new_zeros(B, H, n, K).masked_fill_(~seen, float("-inf"))
-            self.bias = (key, bias)
-        bias = self.bias[1]
-        assert bias is not None
-        return bias
+    def excess(self, device: torch.device) -> Tensor:
+        """Model's position minus position in the cache, of the new tokens: (n,)."""
+        t = torch.arange(self.seen, self.seen + self.new, device=device)
+        return t - self.shift - t.clamp(max=self.sinks + self.window)
+
+    def mask(self, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """0 or -inf for queries `start` to `stop` of the new tokens: (1,1,n,K), sinks first."""
+        t = torch.arange(self.seen + start, self.seen + stop, device=device)[:, None]
+        sink = torch.arange(self.sinks, device=device)
+        recent = torch.arange(self.band(start), self.seen + stop, device=device)
+        seen = torch.cat([sink <= t, (recent <= t) & (recent >= t - self.window)], dim=1)
+        bias = torch.zeros(seen.shape, dtype=dtype, device=device)
+        return bias.masked_fill_(~seen, float("-inf"))[None, None]
+
+    def band(self, start: int) -> int:
+        """The oldest token behind the sinks that the new token number `start` attends to."""
+        return max(self.oldest, self.seen + start - self.window)
 
 
 class SinkLayer(CacheLayerMixin):
-    """Keys and values of one layer, allocated once: slots [S sinks | ring of R + 1]."""
+    """Keys and values (B,Hkv,S+R+1,D) of one layer, in slots that are allocated once."""
 
-    def __init__(self, stream: _Stream, rotation: Rotation | None) -> None:
+    def __init__(self, state: StreamState, rotation: Rotation | None) -> None:
         super().__init__()
-        self.stream, self.rotation = stream, rotation
+        self.state, self.rotation = state, rotation  # rotation None: the layer has no positions
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        def slots(states: Tensor, count: int) -> Tensor:
-            return states.new_zeros(*states.shape[:2], count, states.shape[3])
-
-        self.keys = slots(key_states, self.stream.capacity)
-        self.values = slots(value_states, self.stream.capacity)
-        self.sink_keys = slots(key_states, self.stream.sinks)  # as the model first rotated them
+        B, heads, _, D = key_states.shape
+        self.keys = key_states.new_zeros(B, heads, self.state.capacity, D)
+        self.values = value_states.new_zeros(B, heads, self.state.capacity, value_states.shape[3])
+        self.sink_keys = key_states.new_zeros(B, heads, self.state.sinks, D)  # never rotated again
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store n new keys and values (B,Hkv,n,D); return those that this forward attends to."""
-        stream, n = self.stream, key_states.shape[2]
-        if n != stream.n:
+        state, n = self.state, key_states.shape[2]
+        if n != state.new:
             raise ValueError(
-                f"{n} new keys, {stream.n} announced: call the model this SinkCache was made for"
+                f"{n} new keys from another model: call the model this SinkCache was made for, or "
+                "make one for the model that you call"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != self.keys.shape[0]:
             raise ValueError(
-                f"a batch of {key_states.shape[0]} rows for a cache of {self.keys.shape[0]}: "
+                f"a batch of {key_states.shape[0]} for a cache of {self.keys.shape[0]} streams: "
                 "call reset() first"
             )
-        S, seen = stream.sinks, stream.seen
-        if seen < S:
-            self.sink_keys[:, :, seen : seen + n] = key_states[:, :, : S - seen]
-        stream.updated += 1
-        return (self._append if stream.fits else self._roll)(key_states, value_states)
-
-    def _append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Into the slots in place: the ring's order does not matter to a single query."""
-        stream, n = self.stream, key.shape[2]
-        S, seen = stream.sinks, stream.seen
-        start = seen if seen < stream.capacity else S + stream.slot
-        self.keys[:, :, start : start + n], self.values[:, :, start : start + n] = key, value
-        held = min(seen + n, stream.capacity)
+        if state.is_block:
+            return self._store_block(key_states, value_states)
+        self._store(key_states, value_states)
+        if state.sinks and self.rotation and n == 1:
+            table = state.share(self._rotation_table, self.rotation, self.keys.device)
+            self.keys[:, :, : state.sinks] = self.rotation.rotate(self.sink_keys, table)
+        held = min(state.seen + n, state.capacity)
         return self.keys[:, :, :held], self.values[:, :, :held]
 
-    def _roll(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys in the stream's order, for a block of queries; the ring is left sorted."""
-        S, R = self.stream.sinks, self.stream.window
-        keys, values = self._in_order(self.keys, key), self._in_order(self.values, value)
-        self.keys[:, :, S:], self.values[:, :, S:] = keys[:, :, -R - 1 :], values[:, :, -R - 1 :]
-        self.values[:, :, :S] = values[:, :, :S]
-        self.keys[:, :, :S] = keys[:, :, :S] = self.sink_keys
+    def _store(self, key: Tensor, value: Tensor) -> None:
+        """Put the new tokens into their slots; of a long block only the last R + 1 and sinks."""
+        state, n = self.state, key.shape[2]
+        end, length = state.seen + n, min(n, state.window + 1)
+        slots = state.share(state.slots, end - length, end, key.device)
+        self.keys.index_copy_(2, slots, key[:, :, n - length :])
+        self.values.index_copy_(2, slots, value[:, :, n - length :])
+        if state.seen < state.sinks:
+            new_sinks = slice(state.seen, min(end, state.sinks))
+            count = new_sinks.stop - new_sinks.start
+            self.keys[:, :, new_sinks] = self.sink_keys[:, :, new_sinks] = key[:, :, :count]
+            self.values[:, :, new_sinks] = value[:, :, :count]
+
+    def _store_block(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a block that evicts; return the sinks, the kept tokens and the block, in order."""
+        state = self.state
+        sinks = state.share(state.slots, 0, min(state.seen, state.sinks), key.device)
+        recent = state.share(state.slots, state.oldest, max(state.oldest, state.seen), key.device)
+        kept = torch.cat([sinks, recent])
+        keys = torch.cat([self.keys.index_select(2, kept), key], dim=2)
+        values = torch.cat([self.values.index_select(2, kept), value], dim=2)
+        self._store(key, value)
+        keys[:, :, : state.sinks] = self.sink_keys
         return keys, values
 
-    def _in_order(self, slots: Tensor, new: Tensor) -> Tensor:
-        stream = self.stream
-        S, held = stream.sinks, slots[:, :, : stream.seen]
-        ring = held[:, :, S:]
-        if stream.seen >= stream.capacity:
-            ring = ring.roll(-stream.slot, 2)
-        return torch.cat([held[:, :, :S], ring, new], dim=2)
-
     def attend(self, call: AttentionCall) -> Tensor:
-        """Attention of a block of queries at once, equal to one at a time -> (B,n,H,D)."""
-        stream, n = self.stream, call.query.shape[2]
-        S, R, seen = stream.sinks, stream.window, stream.seen
-        query, key, value = call.query, call.key, call.value
-        oldest = max(S, seen - R - 1)  # the token whose key follows the sinks
-        out = []
-        for a in range(0, n, _QUERY_CHUNK):
-            queries = range(a, min(a + _QUERY_CHUNK, n))
-            start = oldest if n <= _QUERY_CHUNK else max(oldest, seen + a - R)
-            band = slice(S + start - oldest, S + seen + queries.stop - oldest)
-            call.query, call.key, call.value = query[:, :, a : queries.stop], key, value
-            if band != slice(S, key.shape[2]):
-                call.key = torch.cat([key[:, :, :S], key[:, :, band]], dim=2)
-                call.value = torch.cat([value[:, :, :S], value[:, :, band]], dim=2)
-            call.mask = stream.visible_bias(call, seen + a, start)
-            if S:
-                call.mask[..., :S] = self._sink_bias(call, queries)
-            out.append(call.attend())
-        return torch.cat(out, dim=1) if len(out) > 1 else out[0]
+        """Attention of a block of queries, equal to one query at a time -> (B,n,H,D)."""
+        n = call.query.shape[2]
+        chunks = [(start, min(start + _QUERY_CHUNK, n)) for start in range(0, n, _QUERY_CHUNK)]
+        return torch.cat([self._attend_chunk(call, *chunk) for chunk in chunks], dim=1)
 
-    def _sink_bias(self, call: AttentionCall, queries: range) -> Tensor:
-        """(B,H,n,S) that brings sinks to their distance: (turned q - q) . k_sink * scaling."""
-        S = self.stream.sinks
-        B, H, n, D = call.query.shape
-        bias = call.query.new_zeros(B, H, n, S)
-        if self.rotation:
-            query = call.query.float()
-            table = self.stream.table(self.rotation, queries, -1, query.device)
-            turned = self.rotation.rotate(query, table)
-            grouped = (turned - query).view(
-                B, -1, H // self.sink_keys.shape[1], n, D
-            )  # (B,Hkv,G,n,D)
-            scores = grouped @ self.sink_keys.float().mT[:, :, None] * call.scaling
-            bias = scores.view(B, H, n, S).to(bias.dtype)
-        first = self.stream.seen + queries.start
-        if first < S:
-            t = torch.arange(first, first + n, device=bias.device)[:, None]
-            bias.masked_fill_(torch.arange(S, device=bias.device) > t, float("-inf"))
-        return bias
+    def _attend_chunk(self, call: AttentionCall, start: int, stop: int) -> Tensor:
+        """The same for the new tokens `start` to `stop`: the sinks and a band of recent keys."""
+        state, S = self.state, self.state.sinks
+        shift = S - state.oldest  # a token's place among the call's keys, minus its number
+        band = slice(state.band(start) + shift, state.seen + stop + shift)
+        query = call.query[:, :, start:stop]
+        key = torch.cat([call.key[:, :, :S], call.key[:, :, band]], dim=2)
+        value = torch.cat([call.value[:, :, :S], call.value[:, :, band]], dim=2)
+        mask = state.share(state.mask, start, stop, query.dtype, query.device)  # (1,1,n,K)
+        if S and self.rotation:
+            sinks = mask[..., :S] + self._sink_bias(query, start) * call.scaling
+            mask = torch.cat([sinks, mask[..., S:].expand(*sinks.shape[:3], -1)], dim=3)
+        return call.attend(query=query, key=key, value=value, mask=mask)
 
-    def rebase(self, steps: int) -> None:
+    def _sink_bias(self, query: Tensor, start: int) -> Tensor:
+        """What brings sinks to their distance: (rotated q - q) . k_sink, (B,H,n,D) -> (B,H,n,S)."""
+        B, H, n, D = query.shape
+        cos, sin = self.state.share(self._rotation_table, self.rotation, query.device)
+        back = cos[start : start + n], -sin[start : start + n]
+        difference = self.rotation.rotate(query.float(), back) - query.float()
+        grouped = difference.view(B, -1, H // self.sink_keys.shape[1], n, D)  # (B,Hkv,G,n,D)
+        scores = grouped @ self.sink_keys.float().mT[:, :, None]
+        return scores.view(B, H, n, -1).to(query.dtype)
+
+    def _rotation_table(self, rotation: Rotation, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rotation of each new token by its excess."""
+        return rotation.table(self.state.excess(device))
+
+    def rotate_back(self, steps: int) -> None:
         """Take `steps` off the positions of the ring's keys."""
         if self.rotation and self.is_initialized:
             table = self.rotation.table(torch.tensor([-steps], device=self.keys.device))
-            ring = self.keys[:, :, self.stream.sinks :]
+            ring = self.keys[:, :, self.state.sinks :]
             ring.copy_(self.rotation.rotate(ring, table))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(keys, offset of the first): a block brings its own mask, so it asks for the plain causal
-        one.
-        """
-        seen = self.stream.seen
-        if self.stream.n > 1 and not self.stream.fits:
-            return query_length, seen
-        keys = min(seen + query_length, self.stream.capacity)
-        return keys, seen + query_length - keys
+        """(keys, number of the first one's token); a block brings its own mask."""
+        end = self.state.seen + query_length
+        keys = min(end, self.state.capacity)
+        return keys, end - keys
 
     def get_seq_length(self) -> int:
         """Tokens seen, not kept: `generate` slices its input by this."""
-        return self.stream.seen
+        return self.state.seen
 
     def get_max_length(self) -> int:
         """-1: no limit, a stream may go on for ever."""
@@ -230,20 +256,12 @@ class SinkLayer(CacheLayerMixin):
     def tensors(self) -> list[Tensor]:
         return [self.keys, self.values, self.sink_keys] if self.is_initialized else []
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change the batch axis of everything stored (beam search)."""
-        if self.is_initialized:
-            self.keys, self.values = change(self.keys), change(self.values)
-            self.sink_keys = change(self.sink_keys)
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.each(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.each(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.each(lambda x: x[indices])
+        """Beam search: stream i goes on as stream beam_idx[i]."""
+        if self.is_initialized:
+            index = beam_idx.to(self.keys.device)
+            tensors = [x.index_select(0, index) for x in self.tensors()]
+            self.keys, self.values, self.sink_keys = tensors
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
@@ -254,41 +272,49 @@ class SinkLayer(CacheLayerMixin):
 
 
 class SinkCache(Cache):
-    """The `sinks` first and `window` most recent tokens: `generate(..., past_key_values=cache)`.
+    """The first `sinks` and the last `window` tokens: `generate(..., past_key_values=cache)`.
 
-    Endless: positions are counted inside the cache, memory and time per token do not depend on the
-    length of the stream. Takes prompts longer than itself, further turns, batches of equal length
-    and beam search, and belongs to `model`: a forward hook, gone with the cache, sets the positions
-    and watches for what would be silently wrong (padding, foreign positions), which raises
-    ValueError. Inference only.
+    Memory and time per token do not depend on the length of the stream. Takes prompts longer than
+    itself, further turns, batches of equal length and beam search. Inference only.
+
+    The cache belongs to `model`. `generate` has no `with` in which positions could be set, so a
+    forward hook sets them: it acts only on forwards that carry this cache, and it stays on the
+    model until the cache is deleted. The hook raises ValueError for what would be silently wrong:
+    padding, foreign positions, gradients, a forward that did not end.
+
+    >>> import steerkit
+    >>> model, tokenizer = steerkit.load("tiny")
+    >>> cache = steerkit.SinkCache(model, sinks=4, window=20)
+    >>> ids = tokenizer("Rome is far from here. " * 20, return_tensors="pt").input_ids
+    >>> new = model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    >>> cache.seen == new.shape[1] - 1, cache.layers[0].keys.shape[2]
+    (True, 25)
     """
 
     evicts = True  # asked by methods that need all keys of the prompt, at their places
 
     def __init__(self, model: PreTrainedModel, *, sinks: int = 4, window: int = 1020) -> None:
-        for name, value in {"sinks": sinks, "window": window}.items():
-            if not isinstance(value, int):
-                raise ValueError(f"{name}={value!r}: expected a whole number of tokens")
-        if sinks < 0:
-            raise ValueError(
-                f"sinks={sinks}: expected 0 (window attention) or more (4 in the paper)"
-            )
-        if window < 1:
-            raise ValueError(f"window={window}: expected at least 1 recent key (1020 in the paper)")
+        for name, value, least in (("sinks", sinks, 0), ("window", window, 1)):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"{name}={value!r}: expected a whole number of tokens, {least} or more (in the "
+                    "paper 4 sinks and a window of 1020)"
+                )
         calls, rotations = learn_rotations(model)
         _refuse_unstreamable(model, calls, sinks + window + 1)
-        self.stream = _Stream(sinks, window)
-        layers = [SinkLayer(self.stream, rotation) for rotation in rotations]
+        self.state = StreamState(sinks, window)
+        layers = [SinkLayer(self.state, rotation) for rotation in rotations]
         super().__init__(layers=layers)
         self._model = model
         self._edits = {call.module: layer.attend for call, layer in zip(calls, layers, strict=True)}
         self._forward = ExitStack()
-        weakref.finalize(self, _remove, _hook(model, weakref.ref(self)))
+        for hook in _hook_forward(model, weakref.ref(self)):
+            weakref.finalize(self, hook.remove)
 
     @property
     def seen(self) -> int:
         """Tokens of the stream so far, evicted ones included."""
-        return self.stream.seen
+        return self.state.seen
 
     @property
     def nbytes(self) -> int:
@@ -298,85 +324,66 @@ class SinkCache(Cache):
     def reset(self) -> None:
         """Forget the stream; the next forward begins a new one."""
         super().reset()
-        self.stream.restart()
+        self.state.seen = self.state.shift = self.state.new = 0
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Announce a forward to the layers; returns its arguments with the cache's positions."""
-        stream, inputs = self.stream, kwargs.get("input_ids", args[0] if args else None)
+        """Prepare a forward; return its keyword arguments with the positions of this stream."""
+        inputs = kwargs.get("input_ids", args[0] if args else None)
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
-        if stream.n:
+        state, n = self.state, inputs.shape[1]
+        if state.new:
             raise ValueError(
                 "the last forward with this SinkCache did not finish: call reset() and start anew"
             )
         if torch.is_grad_enabled():
             raise ValueError("SinkCache keeps no gradients: call the model under torch.no_grad()")
-        _refuse_padding(kwargs, stream.seen, inputs.shape[1])
-        stream.n, stream.updated = inputs.shape[1], 0
-        self._rebase()
-        start = stream.seen - stream.shift
-        positions = torch.arange(start, start + stream.n, device=inputs.device)[None]
-        if stream.n == 1 and stream.seen >= stream.capacity - 1 and stream.sinks:
-            self._turn_sinks()
-        if not stream.fits:
+        _refuse_padding(kwargs, state.seen, n)
+        state.new = n
+        self._restart_positions()
+        if state.is_block:
             self._forward.enter_context(use_attention_function(self._model))
             self._forward.enter_context(attach_to_modules(self._edits))
+        first = state.seen - state.shift
+        positions = torch.arange(first, first + n, device=inputs.device)[None]
         return kwargs | {"position_ids": positions, "attention_mask": None}
 
-    def _rebase(self) -> None:
-        """Restart the model's positions at the cache's own, S + R, before they run far ahead."""
-        stream = self.stream
-        ahead = stream.seen - stream.shift - (stream.sinks + stream.window)
+    def _restart_positions(self) -> None:
+        """Set the model's positions back to the cache's, S + R, before they run far ahead."""
+        state = self.state
+        ahead = state.seen - state.shift - (state.sinks + state.window)
         limit = _AHEAD_FLOAT32 if self._model.dtype == torch.float32 else _AHEAD_HALF
-        if ahead > 0 and ahead + stream.n > limit:
+        if ahead > 0 and ahead + state.new > limit:
             for layer in self.layers:
-                layer.rebase(ahead)
-            stream.shift += ahead
+                layer.rotate_back(ahead)
+            state.shift += ahead
 
-    def _turn_sinks(self) -> None:
-        """Before a single query: all sinks to their new distance, one operation for all layers."""
-        alike = defaultdict(list)
-        for layer in self.layers:
-            if layer.rotation:
-                sink_keys = layer.sink_keys
-                alike[id(layer.rotation), sink_keys.shape, sink_keys.device].append(layer)
-        for layers in alike.values():
-            rotation = layers[0].rotation
-            table = self.stream.table(rotation, range(1), 1, layers[0].sink_keys.device)
-            turned = rotation.rotate(torch.stack([layer.sink_keys for layer in layers]), table)
-            for layer, keys in zip(layers, turned, strict=True):
-                layer.keys[:, :, : self.stream.sinks] = keys
-
-    def _end(self) -> None:
-        """Leave the model as found; `_begin` refuses where an unfinished forward left n."""
+    def _end(self, finished: bool) -> None:
+        """Leave the model as found. After a forward that broke off, `new` stays and says so."""
         self._forward.close()
-        if self.stream.n and self.stream.updated == len(self.layers):
-            self.stream.advance()
+        self.state.shared.clear()
+        if finished:
+            self.state.seen += self.state.new
+            self.state.new = 0
 
 
-def _hook(model: nn.Module, cache: "weakref.ref[SinkCache]") -> list[Any]:
-    """Hooks around the model's forward that act only on calls carrying this cache."""
-
-    def mine(kwargs: dict[str, Any]) -> "SinkCache | None":
-        given = kwargs.get("past_key_values")
-        return given if given is not None and given is cache() else None
+def _hook_forward(model: nn.Module, cache: "weakref.ref[SinkCache]") -> list[RemovableHandle]:
+    """Hooks around the model's forward that act only on calls that carry this cache."""
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        found = mine(kwargs)
-        return None if found is None else (args, found._begin(args, kwargs))
+        mine = cache()
+        if mine is None or kwargs.get("past_key_values") is not mine:
+            return None
+        return args, mine._begin(args, kwargs)
 
     def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if found := mine(kwargs):
-            found._end()
+        mine = cache()
+        if mine is not None and kwargs.get("past_key_values") is mine:
+            mine._end(finished=output is not None)
 
     return [
         model.register_forward_pre_hook(before, with_kwargs=True),
         model.register_forward_hook(after, with_kwargs=True, always_call=True),
     ]
-
-
-def _remove(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 def _refuse_padding(kwargs: dict[str, Any], seen: int, n: int) -> None:
@@ -412,10 +419,4 @@ def _refuse_unstreamable(model: PreTrainedModel, calls: list[AttentionCall], key
             raise ValueError(
                 f"layer {layer} sees only the last {local} tokens (sliding_window), fewer than the "
                 f"{keys} of this cache: choose sinks + window <= {local - 1}"
-            )
-        if call.options.get("position_bias") is not None or not getattr(
-            call.module, "is_causal", True
-        ):
-            raise ValueError(
-                f"layer {layer} is not causal attention by rotary positions alone: it cannot stream"
             )

@@ -1,19 +1,19 @@
 """StreamEval (2309.17453, section 4.5, Table 7): read values back from a stream that evicts.
 
 The paper's data was never released. Here a stream of text lines, each stating a fact; every few
-lines a question asks for a fact some lines back. The answer is there to be read while its line is
-in the cache, and gone once it is evicted: that is what the method promises, and all it promises.
+lines a question asks for a fact some lines back. The answer can be read while its line is in the
+cache, and is gone once the line is evicted: the method promises no more.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from steerkit.streaming.losses import token_hits
+from steerkit.streaming.losses import token_losses
 
 
 class Fact(NamedTuple):
@@ -23,17 +23,6 @@ class Fact(NamedTuple):
     question: str
     answer: str
     end: str
-
-
-def register_fact(number: int, rng: random.Random) -> Fact:
-    """The default line: a register's content, five digits, in the paper's manner."""
-    value = f"{rng.randrange(10**5):05d}"
-    return Fact(
-        line=f"line {number}: the content of register {number} is <{value}>.\n",
-        question=f"Tell me the content of register {number}: <",
-        answer=value,
-        end=">\n",
-    )
 
 
 class Query(NamedTuple):
@@ -63,54 +52,44 @@ class EvalStream(NamedTuple):
 def eval_stream(
     tokenizer: PreTrainedTokenizerBase,
     *,
+    fact: Callable[[int, random.Random], Fact],
     lines: int,
     every: int = 10,
     back: int | Sequence[int] = 20,
-    fact: Callable[[int, random.Random], Fact] = register_fact,
-    start: str | None = None,
     seed: int = 0,
 ) -> EvalStream:
     """A stream of `lines` facts; after each `every`, a question about the one `back` lines ago.
 
     Several values of `back` are drawn at random; no fact is asked twice. `fact(number, rng)`
-    writes the texts, so that any model can be asked in its own language. `start` opens the stream
-    (default: the tokenizer's first token). Texts are tokenised piece by piece.
+    writes the texts, so that any model can be asked in its own language. The tokenizer's first
+    token opens the stream. Texts are tokenised piece by piece.
     """
-    choices = [back] if isinstance(back, int) else list(back)
-    if lines < 1 or every < 1 or not choices or min(choices) < 1:
+    distances = [back] if isinstance(back, int) else list(back)
+    if lines < 1 or every < 1 or not distances or min(distances) < 1:
         raise ValueError(f"lines={lines}, every={every}, back={back}: expected numbers from 1 up")
     rng, ids, queries = random.Random(seed), [], []
-    facts: list[tuple[Fact, int]] = []  # with the stream's length at the end of the line
-    asked: set[int] = set()
+    unasked: dict[int, tuple[Fact, int]] = {}  # with the stream's length at the end of the line
 
-    def write(text: str) -> None:
+    def write(text: str) -> int:
         ids.extend(tokenizer(text, add_special_tokens=False).input_ids)
+        return len(ids)
 
-    write(tokenizer.bos_token or "" if start is None else start)
+    write(tokenizer.bos_token or "")
     for number in range(lines):
         new = fact(number, rng)
-        write(new.line)
-        facts.append((new, len(ids)))
-        open_choices = [b for b in choices if number >= b and number - b not in asked]
-        if (number + 1) % every == 0 and open_choices:
-            steps = rng.choice(open_choices)
-            asked.add(number - steps)
-            about, read = facts[number - steps]
-            write(about.question)
-            first = len(ids)
-            write(about.answer)
-            queries.append(Query(first, len(ids), read, steps))
+        unasked[number] = new, write(new.line)
+        possible = [distance for distance in distances if number - distance in unasked]
+        if (number + 1) % every == 0 and possible:
+            distance = rng.choice(possible)
+            about, read = unasked.pop(number - distance)
+            answer = write(about.question), write(about.answer)
+            queries.append(Query(*answer, read, distance))
             write(about.end)
     return EvalStream(torch.tensor([ids]), queries)
 
 
 def eval_hits(
-    model: PreTrainedModel,
-    stream: EvalStream,
-    *,
-    sinks: int = 4,
-    window: int | None = None,
-    block: int = 256,
+    model: PreTrainedModel, stream: EvalStream, *, sinks: int = 4, window: int | None = None
 ) -> Tensor:
     """Whether greedy decoding answers each question exactly: (queries,) boolean.
 
@@ -118,9 +97,14 @@ def eval_hits(
     """
     if not stream.queries:
         raise ValueError("no question in this stream: take more lines than the largest `back`")
-    hits = token_hits(model, stream.ids, sinks=sinks, window=window, block=block)[0]
+    hits = token_losses(model, stream.ids, sinks=sinks, window=window, score=is_greedy)[0].bool()
     # hits[t] is about token t + 1
     return torch.stack([hits[q.start - 1 : q.stop - 1].all() for q in stream.queries])
+
+
+def is_greedy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Whether greedy decoding would choose the target: (B,n,V), (B,n) -> (B,n) boolean."""
+    return logits.argmax(-1) == targets
 
 
 class Accuracy(NamedTuple):
@@ -134,12 +118,11 @@ class Accuracy(NamedTuple):
 
 def accuracy_by_distance(stream: EvalStream, hits: Tensor) -> list[Accuracy]:
     """Table 7's rows: accuracy for each distance in lines, nearest first."""
-    return list(_rows(stream.queries, hits.tolist()))
-
-
-def _rows(queries: Sequence[Query], hits: Sequence[bool]) -> Iterator[Accuracy]:
-    for back in sorted({q.back for q in queries}):
-        mine = [(q, hit) for q, hit in zip(queries, hits, strict=True) if q.back == back]
-        n = len(mine)
-        tokens = sum(q.distance for q, _ in mine) / n
-        yield Accuracy(back, tokens, sum(hit for _, hit in mine) / n, n)
+    distance = torch.tensor([query.distance for query in stream.queries]).double()
+    back = torch.tensor([query.back for query in stream.queries])
+    rows = []
+    for lines in back.unique().tolist():
+        asked = back == lines
+        accuracy = hits[asked].double().mean().item()
+        rows.append(Accuracy(lines, distance[asked].mean().item(), accuracy, int(asked.sum())))
+    return rows
