@@ -1,8 +1,10 @@
-"""How a model's keys turn with position, found by asking the model and not by its name.
+"""Infers how a model rotates its keys with position (RoPE), by running it at two positions.
 
-Rotary embedding is already applied when attention is called, so moving a cached key means turning
-it by the *difference* of two positions. A pure turn: constant factors on cos and sin (static yarn)
-are in the key already.
+A key in the cache is rotated already, so moving it by some positions means rotating it by the
+*difference*. The rotation alone is inferred: constant factors on cos and sin (static yarn) are in
+the key already. No list of class names is needed.
+
+Axes: B batch, Hkv key heads, T tokens, D head size.
 """
 
 from typing import NamedTuple
@@ -13,7 +15,7 @@ from transformers import PreTrainedModel
 
 from steerkit.attention.hook import AttentionCall, trace_attention
 
-_STEPS = 3  # positions between the two probes: small, so that float32 angles are exact
+_STEPS = 3  # positions between the two runs: few, so that float32 angles are exact
 
 
 class Rotation(NamedTuple):
@@ -23,25 +25,26 @@ class Rotation(NamedTuple):
     interleaved: bool
 
     def table(self, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin for turns by `steps` positions: (T,) -> (T, pairs) each. Angles in float64,
-        exact to 1e9.
+        """cos and sin for rotations by `steps` positions: (T,) -> (T, pairs) each.
+
+        Angles are computed in float64, which is exact to 1e9 positions.
         """
         angles = steps.double()[:, None] * self.frequencies.to(steps.device)
         return angles.cos().float(), angles.sin().float()
 
     def rotate(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-        """Rotate vectors (..., T, D); dimensions beyond the rotated ones pass (partial rotary)."""
+        """Rotate vectors (..., T, D) by a table's angles; the rest of D passes (partial RoPE)."""
         cos, sin = table
         pairs = cos.shape[-1]
-        turned, kept = x[..., : 2 * pairs].float(), x[..., 2 * pairs :]
+        pair, rest = x[..., : 2 * pairs].float(), x[..., 2 * pairs :]
         if self.interleaved:
-            a, b = turned[..., 0::2], turned[..., 1::2]
-            out = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+            a, b = pair[..., 0::2], pair[..., 1::2]
+            rotated = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
         else:
-            a, b = turned[..., :pairs], turned[..., pairs:]
-            out = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-        out = out.to(x.dtype)
-        return torch.cat([out, kept], dim=-1) if kept.shape[-1] else out
+            a, b = pair[..., :pairs], pair[..., pairs:]
+            rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        rotated = rotated.to(x.dtype)
+        return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
 
 
 def rope_kinds(model: PreTrainedModel) -> set[str]:
@@ -54,11 +57,11 @@ def rope_kinds(model: PreTrainedModel) -> set[str]:
 
 
 def learn_rotations(model: PreTrainedModel) -> tuple[list[AttentionCall], list[Rotation | None]]:
-    """One probed call and one rotation per layer (None: the layer ignores positions).
+    """One traced call and one rotation per layer (None: the layer ignores positions).
 
-    A few single tokens are run at position 0 and at position 3. With one token there is one key, so
-    hidden states agree and every layer's keys must differ by a turn alone. Raises ValueError where
-    none explains them.
+    Each of a few tokens is run alone at position 0 and at position 3. One token has one key, whose
+    weight is 1 wherever it stands, so both runs have the same hidden states, and a layer's keys
+    differ by the rotation alone. Raises ValueError where no rotation explains them.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
     tokens = torch.tensor([1, vocabulary // 2, vocabulary - 1]).clamp(max=vocabulary - 1)
@@ -69,21 +72,23 @@ def learn_rotations(model: PreTrainedModel) -> tuple[list[AttentionCall], list[R
 
 
 def _candidates(model: PreTrainedModel) -> list[Rotation]:
-    found = {}
+    """Every set of frequencies that the model holds, paired in either way."""
+    frequencies: dict[tuple[float, ...], Tensor] = {}
     for name, buffer in model.named_buffers():
         if name.endswith("inv_freq") and "original" not in name:
-            frequencies = buffer.detach().double()
-            found[tuple(frequencies.tolist())] = frequencies
-    return [Rotation(f, interleaved) for f in found.values() for interleaved in (False, True)]
+            values = buffer.detach().double()
+            frequencies[tuple(values.tolist())] = values
+    return [Rotation(f, interleaved) for f in frequencies.values() for interleaved in (False, True)]
 
 
 def _explain(layer: int, keys: Tensor, candidates: list[Rotation]) -> Rotation | None:
-    before, after = keys.chunk(2)  # (tokens,Hkv,1,D) each
-    scale = before.float().norm(dim=-1, keepdim=True)
+    """The rotation that takes the first half of `keys` (2 tokens, Hkv, 1, D) to the second."""
+    before, after = keys.chunk(2)
+    size = before.float().norm(dim=-1, keepdim=True)
     tolerance = 1e-4 if keys.dtype == torch.float32 else 3e-2
 
     def close(guess: Tensor) -> bool:
-        return bool(((guess - after).float().abs() <= tolerance * scale).all())
+        return bool(((guess - after).float().abs() <= tolerance * size).all())
 
     steps = torch.tensor([_STEPS], device=keys.device)
     for rotation in candidates:
@@ -93,7 +98,7 @@ def _explain(layer: int, keys: Tensor, candidates: list[Rotation]) -> Rotation |
     if candidates and close(before):
         return None
     raise ValueError(
-        f"layer {layer}: its keys do not turn with position by a rotary embedding that steerkit "
-        "can read (learned positions, ALiBi, custom rotary code), so cached keys cannot be moved; "
-        "use a rotary model such as Llama, Qwen or GPT-NeoX"
+        f"layer {layer}: its keys do not rotate with position in a way that steerkit can read "
+        "(learned positions, ALiBi, custom rotary code), so cached keys cannot be moved; use a "
+        "rotary model such as Llama, Qwen or GPT-NeoX"
     )
