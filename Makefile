@@ -18,7 +18,7 @@ run: $(STAMP)
 	$(BIN)/python -m steerkit run --profile $(PROFILE) $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lab: $(STAMP)
 	$(BIN)/python -m jupyter lab notebooks

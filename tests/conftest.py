@@ -2,11 +2,13 @@
 which two workers are busy to the end."""
 
 import os
+import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 
@@ -40,17 +42,29 @@ NotebookMaker = Callable[..., Path]
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `first(seconds)` come first, the longest before all; workers share one order.
-
-    Under `--dist loadgroup` tests of one `xdist_group` meet one worker, so what they share is made
-    once; all others go to whoever is free.
-    """
+    """Tests marked `first(seconds)` come first, the longest before all; workers share one order."""
 
     def seconds(item: pytest.Item) -> float:
         mark = item.get_closest_marker("first")
         return mark.args[0] if mark else 0
 
     items.sort(key=seconds, reverse=True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `pytest -n 2`: tests whose ids end in one @group meet one worker, so that what they
+    share is made once; all others go to whoever is free."""
+    # Not `--dist loadgroup`: pytest 9.2 ignores the node ids that xdist 3.8 writes for it.
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            group = re.search(r"@(\w+)\]$", nodeid)
+            return group[1] if group else nodeid
+
+    config.option.loadscopereorder = False
+    return Groups(config, log)
 
 
 def write_notebook(

@@ -47,13 +47,16 @@ class Run(NamedTuple):
         return nbformat.read(self.outcome.executed, as_version=4).cells
 
 
-def on_one_worker(paths: list[Path], profile: str) -> list[Any]:
-    """A parameter for each notebook; the longest comes first, as the stored runs were measured."""
+def longest_first(profile: str) -> list[Any]:
+    """A parameter for each notebook; what one run serves stays on one worker (see conftest.py)."""
     return [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.xdist_group(f"{path.stem}-{profile}"),
-                     pytest.mark.first(seconds(path, profile))])
-        for path in paths
-    ]  # fmt: skip
+        pytest.param(
+            path,
+            id=f"{path.stem}@{profile}{path.stem[:2]}",
+            marks=pytest.mark.first(seconds(path, profile)),
+        )
+        for path in NOTEBOOKS
+    ]
 
 
 def seconds(path: Path, profile: str) -> float:
@@ -67,7 +70,7 @@ def execute(path: Path, folder: Path, profile: str) -> runner.Outcome:
     return runner.execute(path, values, cwd=folder, **options)
 
 
-@pytest.fixture(scope="module", params=on_one_worker(NOTEBOOKS, "cpu"))
+@pytest.fixture(scope="module", params=longest_first("cpu"))
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp(request.param.stem)
     notebook = nbformat.read(request.param, as_version=4)
@@ -144,7 +147,7 @@ def test_its_answers_are_right_and_an_unsolved_stub_says_not_done_yet(run: Run) 
         assert shown == [f"Exercise {n}: {state}." for n in range(1, len(shown) + 1)] != []
 
 
-@pytest.mark.parametrize("path", on_one_worker(NOTEBOOKS, "smoke"))
+@pytest.mark.parametrize("path", longest_first("smoke"))
 def test_it_runs_at_small_size(path: Path, tmp_path: Path) -> None:
     """Without a test elsewhere only: 00 runs from the wheel, 02 in the browser."""
     if path.stem[:2] in ("00", "02"):
@@ -251,7 +254,6 @@ from steerkit.viz.plots import show
 from steerkit.results import figures_dir
 fig, ax = plt.subplots(figsize=(1, 1))
 show(fig, "a", out=figures_dir(PROFILE, "01"), caption="No line.", alt="Empty axes.", values={})"""
-ON_ONE_WORKER = pytest.mark.xdist_group("hygiene")
 
 
 @pytest.fixture(scope="module")
@@ -320,9 +322,10 @@ SPOILS: list[tuple[Callable[[Any], Any], str]] = [
 ]
 
 
-@ON_ONE_WORKER
 @pytest.mark.parametrize(
-    ("change", "message"), SPOILS, ids=[f"{i}-{m}" for i, (_, m) in enumerate(SPOILS)]
+    ("change", "message"),
+    SPOILS,
+    ids=[f"{i}-{message}@hygiene" for i, (_, message) in enumerate(SPOILS)],
 )
 def test_hygiene_names_what_is_wrong(
     stored: Path, kit: Path, change: Callable[[Any], Any], message: str
@@ -333,7 +336,6 @@ def test_hygiene_names_what_is_wrong(
     assert any(message in line for line in problems(stored, figures))
 
 
-@ON_ONE_WORKER
 def test_nbval_itself_accepts_the_stored_output_and_its_comparison_rejects_another(
     stored: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
