@@ -77,7 +77,7 @@ def of(values, baseline=0.0) -> HeadTable:
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "phi3", "gpt_neox", "gpt2", "olmo2"])
 def test_the_search_returns_the_naive_loops_scores(name, first, tokens):
     model, examples = tiny_models.tiny(name), some_prompts(first=first)
-    fast, slow = score_heads(model, examples, tokens=tokens), naive_scores(model, examples, batch=1)
+    fast, slow = score_heads(model, examples, tokens=tokens), naive_scores(model, examples)
     torch.testing.assert_close(fast.scores, slow.scores, atol=1e-5, rtol=0)
     torch.testing.assert_close(fast.baseline, slow.baseline, atol=1e-5, rtol=0)
     assert (slow.scores - slow.baseline[:, None, None]).abs().max() > 1e-2
@@ -420,7 +420,7 @@ def test_halving_doubles_the_prompts_until_all_are_met(monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"keep": 0}, "keep=0"), ({"keep": 7}, "keep=7"), ({"share": 0}, "share=0")],
+    [({"keep": 0}, "keep=0"), ({"keep": 7}, "keep=7")],
 )
 def test_a_bad_screen_is_one_clear_error(llama, options, said):
     with pytest.raises(ValueError, match=said):

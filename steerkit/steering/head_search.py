@@ -27,17 +27,21 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel as Model
 
-from steerkit.attention.hook import trace_attention
+from steerkit.attention.hook import Head, Heads, heads_by_layer, layer_and_head_counts
 from steerkit.files import write_text
-from steerkit.steering.key_bias import Head, heads_by_layer
 from steerkit.steering.pasta import check_alpha, emphasise
 from steerkit.steering.scoring import Prompt, PromptBatch, answer_scores, padded
 
 _TOKENS = {"cpu": 1024}  # in one forward; more is no faster there, and an accelerator wants more
 _TOKENS_ELSEWHERE = 8192
+_SLOPE_SHARE = 0.25  # of the prompts, on which the screen asks for slopes
 
 
 # --- the table ---------------------------------------------------------------------------------
+
+
+Measure = Callable[[Callable[..., AbstractContextManager] | None], Tensor]
+"""measure(steer) -> (N,) numbers; `steer` is None, or (model, spans) -> a `with`."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def _new_table(model: Model, prompts: Sequence[Prompt], alpha: float, task: str)
     _check_prompts(prompts)
     N = len(prompts)
     about = {"model": model.name_or_path, "task": task, "alpha": alpha, "prompts": N}
-    scores = torch.full((N, *shape(model)), torch.nan)
+    scores = torch.full((N, *layer_and_head_counts(model)), torch.nan)
     return HeadTable(scores, torch.full((N,), torch.nan), about)
 
 
@@ -127,16 +131,11 @@ def _check_prompts(prompts: Sequence[Prompt]) -> None:
 
 
 def naive_scores(
-    model: Model,
-    prompts: Sequence[Prompt],
-    *,
-    heads: Iterable[tuple[int, int]] | None = None,
-    alpha: float = 0.01,
-    batch: int = 16,
+    model: Model, prompts: Sequence[Prompt], *, heads: Heads | None = None, alpha: float = 0.01
 ) -> HeadTable:
     """Algorithm 1 as the paper says it: steer one head after another, one whole forward each."""
     table = _new_table(model, prompts, alpha, "")
-    score = partial(answer_scores_with_heads, model, prompts, alpha=alpha, batch=batch)
+    score = partial(answer_scores_with_heads, model, prompts, alpha=alpha)
     table.baseline[:] = score([])
     for layer, index in _chosen(model, heads):
         table.scores[:, layer, index] = score([(layer, index)])
@@ -147,7 +146,7 @@ def naive_scores(
 def answer_scores_with_heads(
     model: Model,
     prompts: Sequence[Prompt],
-    heads: Iterable[tuple[int, int]],
+    heads: Heads,
     *,
     alpha: float = 0.01,
     batch: int = 16,
@@ -163,18 +162,14 @@ def answer_scores_with_heads(
 
 
 def score_heads_by(
-    model: Model,
-    measure: Callable[[Callable[..., AbstractContextManager] | None], Tensor],
-    *,
-    heads: Iterable[tuple[int, int]] | None = None,
-    alpha: float = 0.01,
+    model: Model, measure: Measure, *, heads: Heads | None = None, alpha: float = 0.01
 ) -> HeadTable:
-    """A table by any metric: `measure(steer)` -> (N,), `steer` None or (model, spans) -> `with`.
+    """A table by any metric of prompts, with one head steered after another.
 
     The paper's own way: one run of generations per head, for tasks without a right answer to force.
     """
     baseline = measure(None).float()
-    scores = torch.full((len(baseline), *shape(model)), torch.nan)
+    scores = torch.full((len(baseline), *layer_and_head_counts(model)), torch.nan)
     for head in _chosen(model, heads):
         scores[:, *head] = measure(partial(emphasise, heads=[head], alpha=alpha)).float()
     return HeadTable(scores, baseline, {"model": model.name_or_path, "alpha": alpha})
@@ -184,7 +179,7 @@ def score_heads(
     model: Model,
     prompts: Sequence[Prompt],
     *,
-    heads: Iterable[tuple[int, int]] | None = None,
+    heads: Heads | None = None,
     alpha: float = 0.01,
     tokens: int | None = None,
     path: str | Path | None = None,
@@ -226,22 +221,15 @@ def score_heads(
     return table
 
 
-def shape(model: Model) -> tuple[int, int]:
-    """Layers and query heads (of the layer that has most), asked of the model itself."""
-    calls = trace_attention(model, torch.zeros(1, 1, dtype=torch.long))
-    return len(calls), max(call.query.shape[1] for call in calls)
-
-
 def every_head(layers: int, heads: int) -> list[Head]:
     """All heads, layer by layer."""
     return [Head(layer, index) for layer in range(layers) for index in range(heads)]
 
 
-def _chosen(model: Model, heads: Iterable[tuple[int, int]] | None) -> list[Head]:
+def _chosen(model: Model, heads: Heads | None) -> list[Head]:
     """`heads` (None: all) layer by layer, if the model has them."""
-    calls = trace_attention(model, torch.zeros(1, 1, dtype=torch.long))
-    chosen = heads_by_layer(heads, calls)
-    return [Head(layer, index) for layer in sorted(chosen) for index in chosen[layer]]
+    by_layer = heads_by_layer(model, heads)
+    return [Head(layer, index) for layer, indices in by_layer.items() for index in indices]
 
 
 def _fill(
@@ -343,11 +331,9 @@ def screen_heads(
     *,
     keep: int = 4,
     alpha: float = 0.01,
-    share: float = 0.25,
     tokens: int | None = None,
-    seed: int = 0,
 ) -> ScreeningResult:
-    """The best `keep` heads, probably: slopes on a `share` of the prompts, then halving.
+    """The best `keep` heads, probably: slopes on a quarter of the prompts, then halving.
 
     A twelfth of the heads, at least `keep` + 2, is scored exactly on some prompts. Each round
     halves the heads and doubles the prompts, until `keep` + 2 heads have met all prompts.
@@ -356,10 +342,8 @@ def screen_heads(
     N, finalists, heads = len(prompts), keep + 2, table.scores[0].numel()
     if not 1 <= keep <= heads - 2:
         raise ValueError(f"keep={keep}: expected 1 <= keep <= {heads - 2} of {heads} heads")
-    if not 0 < share <= 1:
-        raise ValueError(f"share={share}: expected a part of the prompts in (0, 1]")
-    order = random.Random(f"screen {seed}").sample(range(N), N)
-    sample = [prompts[i] for i in order[: max(1, round(share * N))]]
+    order = random.Random("screen 0").sample(range(N), N)
+    sample = [prompts[i] for i in order[: max(1, round(_SLOPE_SHARE * N))]]
     slopes = bias_slopes(model, sample, alpha=alpha).mean(0)
     candidates, rounds, scored = rank(slopes)[: max(finalists, heads // 12)], [], 0
     halvings = (len(candidates) // finalists).bit_length() - 1

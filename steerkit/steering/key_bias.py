@@ -21,37 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel as Model
 
-from steerkit.attention.hook import (
-    AttentionCall,
-    Edit,
-    attach_to_modules,
-    trace_attention,
-    use_attention_function,
-)
+from steerkit.attention import hook
+from steerkit.attention.hook import AttentionCall, Heads, heads_by_layer
 from steerkit.spans import Spans, span_mask
 
 # The fast kernels of accelerators want head sizes that are multiples of 8; a CPU's take any.
 _ALIGN = {"cpu": 1}
-
-
-class Head(NamedTuple):
-    """One attention head: `layer` and `index` count from 0, `index` counts *query* heads.
-
-    >>> from steerkit import Head
-    >>> str(Head(layer=2, index=3))
-    'L2H3'
-    """
-
-    layer: int
-    index: int
-
-    def __str__(self) -> str:
-        return f"L{self.layer}H{self.index}"
-
-
-Heads = Iterable[tuple[int, int]] | Mapping[str, Iterable[int]]
-"""Heads, or the official head files' {"layer": [query heads]}."""
-
 
 Strength = Callable[[AttentionCall, Tensor], Tensor]
 """(call, bias (B,K)) -> (B,H,Q), the factor by which each query multiplies the bias."""
@@ -75,46 +50,28 @@ def key_bias(
     """
     if keep_sinks < 0:
         raise ValueError(f"keep_sinks={keep_sinks}: expected 0 or more first tokens")
-    calls = trace_attention(model, torch.zeros(1, 1, dtype=torch.long))
-    chosen = heads_by_layer(heads, calls)
+    calls = hook.trace_attention(model, torch.zeros(1, 1, dtype=torch.long))
+    chosen = heads_by_layer(model, heads)
     prompt = PromptState(spans, inside, outside, keep_sinks)
     # Without a bias every layer keeps its stock call, so that the result is bit-equal.
     chosen = chosen if inside or outside else {}
-    # All layers are attached, so that a second `with` is refused whichever heads it steers.
-    edits = {
-        call.module: _biased(prompt, call, chosen[layer], strength)
-        if layer in chosen
-        else AttentionCall.attend
-        for layer, call in enumerate(calls)
-    }
-    with use_attention_function(model), attach_to_modules(edits), track_prompt(model, prompt):
+    # All layers get an edit, so that a second `with` is refused whichever heads it steers.
+    edits = {call.module: AttentionCall.attend for call in calls}
+    for layer, indices in chosen.items():
+        call = calls[layer]
+        edits[call.module] = _biased(prompt, call, indices, strength)
+    with (
+        hook.use_attention_function(model),
+        hook.attach_to_modules(edits),
+        track_prompt(model, prompt),
+    ):
         yield
     prompt.check_complete()
 
 
-def heads_by_layer(heads: Heads | None, calls: Sequence[AttentionCall]) -> dict[int, list[int]]:
-    """{layer: [query heads]}, checked against the model's own `calls`."""
-    sizes = [call.query.shape[1] for call in calls]
-    if heads is None:
-        return {layer: list(range(size)) for layer, size in enumerate(sizes)}
-    if isinstance(heads, Mapping):
-        heads = [(int(layer), index) for layer, indices in heads.items() for index in indices]
-    chosen: dict[int, list[int]] = defaultdict(list)
-    for layer, index in heads:
-        if not 0 <= layer < len(sizes):
-            raise ValueError(f"{Head(layer, index)}: expected 0 <= layer < {len(sizes)} layers")
-        if not 0 <= index < sizes[layer]:
-            raise ValueError(
-                f"{Head(layer, index)}: expected 0 <= index < {sizes[layer]} query heads (they "
-                f"share {calls[layer].key.shape[1]} key/value heads, which are not steered)"
-            )
-        chosen[layer].append(index)
-    return chosen
-
-
 def _biased(
     prompt: "PromptState", call: AttentionCall, heads: list[int], strength: Strength | None
-) -> Edit:
+) -> hook.Edit:
     """The edit of one layer; `call` is any earlier call of it."""
     steered = torch.zeros(call.query.shape[1], 1, device=call.query.device)
     steered[heads] = 1
@@ -163,23 +120,20 @@ class PromptState:
                 f"a batch of {batch} rows, spans for {B} prompts: give spans for each prompt (rows "
                 "that continue the same prompt share them)"
             )
-        if self.length_known:
-            decoding_too_early = total < T and seen and new == 1
-            if decoding_too_early:
-                raise ValueError(_mismatch(T, seen))
-        else:
-            if total < T:
-                raise ValueError(
-                    f"a span ends at token {T}, past the end of a prompt of {total} tokens (a "
-                    "prompt that comes in chunks takes its spans as a bool mask (B, T))"
-                )
-            cache_changed = self.bias is not None and seen >= T and seen != self.total
-            if cache_changed:
-                raise ValueError(
-                    f"the cache holds {seen} keys, not the {self.total} read so far (assisted "
-                    "decoding, a cache used twice), so where the prompt ends is unclear: give the "
-                    "spans as a bool mask (B, T)"
-                )
+        if self.length_known and total < T and seen and new == 1:  # decoding before the mask ends
+            raise ValueError(_mismatch(T, seen))
+        if not self.length_known and total < T:
+            raise ValueError(
+                f"a span ends at token {T}, past the end of a prompt of {total} tokens (a prompt "
+                "that comes in chunks takes its spans as a bool mask (B, T))"
+            )
+        cache_changed = self.bias is not None and seen >= T and seen != self.total
+        if not self.length_known and cache_changed:
+            raise ValueError(
+                f"the cache holds {seen} keys, not the {self.total} read so far (assisted "
+                "decoding, a cache used twice), so where the prompt ends is unclear: give the "
+                "spans as a bool mask (B, T)"
+            )
         if self.bias is None or seen < T:
             P = T if self.length_known else total
             self.bias = self._bias_of_prompt(P, batch // B, attention_mask)
@@ -230,10 +184,7 @@ class PromptState:
 
 
 def _mismatch(T: int, length: int) -> str:
-    return (
-        f"the spans are a mask of {T} tokens, the prompt has {length}: make it from the padded "
-        "prompt"
-    )
+    return f"a mask of {T} tokens, the prompt has {length}: make it from the padded prompt"
 
 
 @contextmanager

@@ -21,12 +21,7 @@ from steerkit.steering.key_bias import Heads, key_bias
 
 @contextmanager
 def emphasise(
-    model: Model,
-    spans: Spans,
-    heads: Heads,
-    *,
-    alpha: float = 0.01,
-    keep_sinks: int = 0,
+    model: Model, spans: Spans, heads: Heads, *, alpha: float = 0.01, keep_sinks: int = 0
 ) -> Iterator[None]:
     """Steer `heads` towards `spans` in every forward and `generate` inside the `with`.
 

@@ -8,7 +8,7 @@ vocabulary.
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +16,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers import PreTrainedModel as Model
 
-from steerkit.attention.hook import (
-    AttentionCall,
-    Edit,
-    attach_to_modules,
-    trace_attention,
-    use_attention_function,
-)
+from steerkit.attention import hook
+from steerkit.attention.hook import AttentionCall
 from steerkit.steering.key_bias import Head, attend_biased
 from steerkit.steering.pasta import log_weights
 
@@ -87,7 +82,7 @@ class PromptBatch:
     def __init__(self, model: Model, prompts: Sequence[Prompt], alpha: float) -> None:
         self.model = model
         ids, inside, target = (x.to(model.device) for x in padded(prompts))
-        self.calls = trace_attention(model, ids[:1, :1])
+        self.calls = hook.trace_attention(model, ids[:1, :1])
         self.heads = max(call.query.shape[1] for call in self.calls)
         self.bias = log_weights(inside, alpha)[:, :-1]  # no query comes after the last token
         first = min(prompt.first for prompt in prompts)
@@ -98,8 +93,14 @@ class PromptBatch:
         # The vocabulary is needed from the first token of the shortest prompt's answer on.
         self.predicted = ids.shape[1] - min(len(prompt.ids) for prompt in prompts)
         self.outputs: dict[nn.Module, Any] = {}  # of the decoder layers
-        with _recording(_decoder_layers(model, self.calls), self.outputs):
+        with ExitStack() as stack:
+            for layer in _decoder_layers(model, self.calls):
+                handle = layer.register_forward_hook(self._record)
+                stack.callback(handle.remove)
             self.baseline = self._scores(self._switch(1), []).cpu()  # (B,)
+
+    def _record(self, layer: nn.Module, _: Any, output: Any) -> None:
+        self.outputs[layer] = output
 
     @torch.no_grad()
     def scores(self, heads: Sequence[Head], tokens: int) -> Tensor:
@@ -128,14 +129,12 @@ class PromptBatch:
     def _scores(self, switch: Tensor, steered: Sequence[int]) -> Tensor:
         """Scores (B*C,), each prompt's variants side by side; `steered` layers are biased."""
         C = switch.shape[1] // len(self.ids)
-        bias, ids, target = (
-            x.repeat_interleave(C, dim=0) for x in (self.bias, self.ids, self.target)
-        )
+        bias, ids, target = (_repeated(x, C) for x in (self.bias, self.ids, self.target))
         cache = copy.deepcopy(self.prefix)
         if cache is not None:
             cache.batch_repeat_interleave(C)
 
-        def edit_of(on: Tensor) -> Edit:
+        def edit_of(on: Tensor) -> hook.Edit:
             def edit(call: AttentionCall) -> Tensor:
                 return attend_biased(call, on[:, : call.query.shape[1], None], bias)
 
@@ -144,14 +143,15 @@ class PromptBatch:
         edits = {self.calls[layer].module: edit_of(switch[layer]) for layer in steered}
         below = list(self.outputs)[: min(steered, default=0)]
         known = {layer: _repeated(self.outputs[layer], C) for layer in below}
-        with use_attention_function(self.model), attach_to_modules(edits), _returning(known):
-            logits = self.model(
-                input_ids=ids[:, :-1],
-                past_key_values=cache,
-                use_cache=cache is not None,
-                logits_to_keep=self.predicted,
-            ).logits
-        return answer_scores(logits, ids[:, -self.predicted :], target[:, -self.predicted :])
+        n = self.predicted
+        inputs = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": n}
+        with (
+            hook.use_attention_function(self.model),
+            hook.attach_to_modules(edits),
+            _returning(known),
+        ):
+            logits = self.model(ids[:, :-1], **inputs).logits
+        return answer_scores(logits, ids[:, -n:], target[:, -n:])
 
 
 def _decoder_layers(model: Model, calls: Sequence[AttentionCall]) -> list[nn.Module]:
@@ -159,21 +159,6 @@ def _decoder_layers(model: Model, calls: Sequence[AttentionCall]) -> list[nn.Mod
     stacks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]
     layers = [layer for stack in stacks for layer in stack]
     return [next(x for x in layers if call.module in list(x.modules())) for call in calls]
-
-
-@contextmanager
-def _recording(layers: Sequence[nn.Module], outputs: dict[nn.Module, Any]) -> Iterator[None]:
-    """Put each layer's output into `outputs`."""
-
-    def record(layer: nn.Module, _: Any, output: Any) -> None:
-        outputs[layer] = output
-
-    hooks = [layer.register_forward_hook(record) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -192,7 +177,7 @@ def _returning(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
 
 
 def _repeated(output: Any, C: int) -> Any:
-    """A layer's output (B,...), or a tuple that begins with it, C times for each prompt."""
+    """A tensor (B,...), or a tuple that begins with one, C times for each prompt."""
     if isinstance(output, tuple):
         return tuple(_repeated(x, C) for x in output)
     return output.repeat_interleave(C, dim=0) if isinstance(output, Tensor) else output

@@ -11,30 +11,11 @@ import zlib
 from collections.abc import Sequence
 
 from steerkit.chat import Message
-from steerkit.constraints import TABLES, Constraint, compatible, instruct, values
-from steerkit.steering.tasks import (
-    Example,
-    Task,
-    all_pronouns_paper,
-    exact,
-    json_paper,
-    json_strict,
-    json_value_paper,
-    pronouns_paper,
-    pronouns_strict,
-    states_value,
-)
-from steerkit.tiny.world import (
-    ATTRIBUTES,
-    HELD_OUT_PAIRS,
-    Person,
-    answer,
-    ask,
-    known_people,
-    repeat_question,
-    say,
-    stranger,
-)
+from steerkit.constraints import HELD_OUT_PAIRS, TABLES, Constraint, compatible, instruct, values
+from steerkit.steering import tasks
+from steerkit.steering.tasks import Example, Task
+from steerkit.tiny import world
+from steerkit.tiny.world import ATTRIBUTES, Person, answer, say
 
 JSON, THEY = Constraint("json", ""), Constraint("pronoun", "")
 FORMS = ("figure", "hobby", "ending", "emoji")  # what else a reply may be asked to do
@@ -49,7 +30,7 @@ def _json(rng: random.Random, conflict: bool, split: str) -> Example:
     attribute, *others = rng.sample(ATTRIBUTES, 3)
     sentences = [say(who.name, a, who.facts[a]) for a in (attribute, *others)]
     orders = _shuffled(rng, [told, rival] if rival else [told])
-    text = _joined(*orders, *_shuffled(rng, sentences), ask(rng, who.name, attribute))
+    text = _joined(*orders, *_shuffled(rng, sentences), world.ask(rng, who.name, attribute))
     value = who.facts[attribute]
     right = answer(who.name, attribute, value, [JSON])
     return Example((Message("user", text),), told, right, value, kept=(value,))
@@ -60,23 +41,17 @@ def _pronouns(rng: random.Random, conflict: bool, split: str) -> Example:
     told = instruct(rng, [THEY])
     messages = [Message("system", told)]
     if conflict:
-        earlier = repeat_question(rng)
+        earlier = world.repeat_question(rng)
         reply = answer(earlier.subject, earlier.attribute, earlier.value)
         messages += [Message("user", earlier.text), Message("assistant", reply)]
-    question = repeat_question(rng)
+    question = world.repeat_question(rng)
     while _split(f"{question.attribute} {question.value}") != split:
-        question = repeat_question(rng)
+        question = world.repeat_question(rng)
     form = _form(rng, ["figure", "hobby"])
     messages.append(Message("user", f"{instruct(rng, [JSON, form])} {question.text}"))
     right = answer(question.subject, question.attribute, question.value, [THEY, JSON, form])
-    return Example(
-        tuple(messages),
-        told,
-        right,
-        question.value,
-        kept=(question.value, form.value),
-        source=question.text.removeprefix("Repeat: "),
-    )
+    source, kept = question.text.removeprefix("Repeat: "), (question.value, form.value)
+    return Example(tuple(messages), told, right, question.value, kept=kept, source=source)
 
 
 def _biography(rng: random.Random, conflict: bool, split: str) -> Example:
@@ -88,7 +63,9 @@ def _biography(rng: random.Random, conflict: bool, split: str) -> Example:
     if conflict:
         sentences.append(say(who.name, attribute, _other(rng, attribute, value)))
     body = _joined(instruct(rng, forms), *_shuffled(rng, sentences))
-    return _asked(rng, who.name, attribute, value, body, span, forms, _values(attribute))
+    example = _asked(rng, who.name, attribute, span, body, forms)
+    right = answer(who.name, attribute, value, forms)
+    return example._replace(answer=right, value=value, candidates=tuple(_values(attribute)))
 
 
 def _counterfact(rng: random.Random, conflict: bool, split: str) -> Example:
@@ -100,31 +77,19 @@ def _counterfact(rng: random.Random, conflict: bool, split: str) -> Example:
     span = say(who.name, attribute, new)
     before = [say(who.name, attribute, old)] if conflict else []
     body = _joined(instruct(rng, forms), *before, f"News: {span}")
-    return _asked(rng, who.name, attribute, new, body, span, forms, [new, old])
+    example = _asked(rng, who.name, attribute, span, body, forms)
+    right = answer(who.name, attribute, new, forms)
+    return example._replace(answer=right, value=new, candidates=(new, old))
 
 
 def _asked(
-    rng: random.Random,
-    name: str,
-    attribute: str,
-    value: str,
-    body: str,
-    span: str,
-    forms: Sequence[Constraint],
-    candidates: Sequence[str],
+    rng: random.Random, name: str, attribute: str, span: str, body: str, forms: Sequence[Constraint]
 ) -> Example:
     """The body and a question; the other ways to ask are the paraphrases."""
-    first, *others = _shuffled(rng, TABLES["attributes"][attribute]["ask"])
-    asked = [(Message("user", f"{body} {form.format(n=name)}"),) for form in (first, *others)]
-    return Example(
-        asked[0],
-        span,
-        answer(name, attribute, value, forms),
-        value,
-        kept=(name, *(c.value for c in forms)),
-        candidates=tuple(candidates),
-        paraphrases=tuple(asked[1:]),
-    )
+    questions = _shuffled(rng, TABLES["attributes"][attribute]["ask"])
+    first, *others = [(Message("user", f"{body} {text.format(n=name)}"),) for text in questions]
+    kept = (name, *(c.value for c in forms))
+    return Example(first, span, "", "", kept=kept, paraphrases=tuple(others))
 
 
 def _values(attribute: str) -> list[str]:
@@ -137,14 +102,14 @@ def _split(key: str) -> str:
 
 def _someone(rng: random.Random, split: str) -> Person:
     """A stranger that training never shows, of this split."""
-    while _split((who := stranger(rng, held_out=True)).name) != split:
+    while _split((who := world.stranger(rng, held_out=True)).name) != split:
         pass
     return who
 
 
 def _known(rng: random.Random, attribute: str, split: str) -> Person:
     """One of the forty people, whose fact is of this split."""
-    while _split(f"{(who := rng.choice(known_people())).name} {attribute}") != split:
+    while _split(f"{(who := rng.choice(world.known_people())).name} {attribute}") != split:
         pass
     return who
 
@@ -174,38 +139,17 @@ def _joined(*parts: str) -> str:
     return " ".join(parts)
 
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task(
-            "json",
-            "JSON Formatting",
-            _json,
-            json_strict,
-            {"F. Acc": json_paper, "P. Acc": json_value_paper},
-        ),
-        Task(
-            "pronouns",
-            "Pronouns Changing",
-            _pronouns,
-            pronouns_strict,
-            {"Acc": pronouns_paper, "A. Acc": all_pronouns_paper},
-        ),
-        Task(
-            "biasbios",
-            "BiasBios",
-            _biography,
-            exact,
-            {"value": states_value},
-            compare={"Acc": False},
-        ),
-        Task(
-            "counterfact",
-            "CounterFact",
-            _counterfact,
-            exact,
-            {"value": states_value},
-            compare={"ES": False, "PS": True},
-        ),
-    )
-}
+_JSON_PAPER = {"F. Acc": tasks.json_paper, "P. Acc": tasks.json_value_paper}
+_PRONOUNS_PAPER = {"Acc": tasks.pronouns_paper, "A. Acc": tasks.all_pronouns_paper}
+_VALUE = {"value": tasks.states_value}
+_ON_PROMPT, _ON_PARAPHRASES = False, True
+_ALL = (
+    Task("json", "JSON Formatting", _json, tasks.json_strict, _JSON_PAPER),
+    Task("pronouns", "Pronouns Changing", _pronouns, tasks.pronouns_strict, _PRONOUNS_PAPER),
+    Task("biasbios", "BiasBios", _biography, tasks.exact, _VALUE, {"Acc": _ON_PROMPT}),
+    Task(
+        "counterfact", "CounterFact", _counterfact, tasks.exact, _VALUE,
+        {"ES": _ON_PROMPT, "PS": _ON_PARAPHRASES},
+    ),
+)  # fmt: skip
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}
