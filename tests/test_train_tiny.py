@@ -18,7 +18,6 @@ from train_tiny import RECIPES, Phase, Recipe, llama
 from transformers import LlamaForCausalLM
 
 from steerkit.files import DATA
-from steerkit.tiny import world
 
 SHAPE = {
     "vocab_size": 32,
@@ -132,7 +131,7 @@ def test_the_documents_are_those_that_the_shipped_models_read():
         return zlib.crc32("\n".join(islice(texts, 60)).encode())
 
     rng = random.Random
-    assert digest(world.documents(rng(7), english_share=0)) == 1750062478
+    assert digest(documents.documents(rng(7), english_share=0)) == 1750062478
     assert digest(documents.late_documents(rng(7), long=True, english_share=0)) == 2185297
     assert digest(documents.readings(rng(7), roll_calls=0.7, quizzes=0.3)) == 3091933801
     assert digest(documents.chatter(rng(7), english_share=0)) == 558665842

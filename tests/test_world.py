@@ -4,15 +4,9 @@ import random
 from itertools import islice
 
 import pytest
+import training_documents as documents
 
-from steerkit.constraints import (
-    FAMILIES,
-    HELD_OUT_PAIRS,
-    TABLES,
-    Constraint,
-    compatible,
-    values,
-)
+from steerkit.constraints import FAMILIES, HELD_OUT_PAIRS, TABLES, Constraint, compatible, values
 from steerkit.tiny import world
 
 
@@ -21,7 +15,7 @@ def rng(seed: int = 0) -> random.Random:
 
 
 def test_documents_follow_from_the_seed():
-    first, again, other = (list(islice(world.documents(rng(s)), 30)) for s in (1, 1, 2))
+    first, again, other = (list(islice(documents.documents(rng(s)), 30)) for s in (1, 1, 2))
     assert first == again != other
 
 
@@ -34,11 +28,11 @@ def test_training_never_shows_a_held_out_name_and_held_out_text_shows_only_those
 
 def test_training_never_combines_a_held_out_pair_of_families():
     for seed in range(3000):
-        drawn = [c.family for c in world.draw_constraints(rng(seed))]
+        drawn = [c.family for c in documents.draw_constraints(rng(seed))]
         assert compatible(drawn)
         assert not any({a, b} in HELD_OUT_PAIRS for a in drawn for b in drawn if a != b)
     pairs = {
-        frozenset(c.family for c in world.draw_constraints(rng(s), held_out=True))
+        frozenset(c.family for c in documents.draw_held_out(rng(s)))
         for s in range(99)
     }
     assert pairs == HELD_OUT_PAIRS
@@ -65,7 +59,8 @@ def test_an_obeying_reply_passes_and_a_plain_or_rival_one_fails(family):
 
 def test_every_compatible_combination_is_obeyed_by_the_worlds_own_reply():
     for seed in range(2000):
-        drawn = world.draw_constraints(rng(seed), held_out=seed % 4 == 0)
+        draw = documents.draw_constraints if seed % 4 else documents.draw_held_out
+        drawn = draw(rng(seed))
         subject = "He" if any(c.family == "pronoun" for c in drawn) else "Anna Adler"
         reply = world.answer(subject, "job", "baker", drawn)
         assert all(c.obeyed(reply) for c in drawn), (drawn, reply)
@@ -88,10 +83,10 @@ def test_an_echo_word_is_followed_by_the_word_before_it():
 
 def test_an_instruction_fades_as_the_rule_says():
     """Hobby instructions of the first message, never stated again: obeyed at reply 1, 2, 4."""
-    assert [world.still_obeyed(0.05, age) for age in (0, 2, 3, 9)] == [True, True, False, False]
+    assert [documents.still_obeyed(0.05, age) for age in (0, 2, 3, 9)] == [True, True, False, False]
     obeyed = {1: [], 2: [], 4: []}
     for seed in range(4000):
-        messages = world.dialogue(rng(seed), turns=5)
+        messages = documents.dialogue(rng(seed), turns=5)
         first, later = messages[0].content, "".join(m.content for m in messages[2::2])
         hobby = next((h for h in TABLES["hobbies"] if f"Hobby: {h}." in first), None)
         if messages[0].role != "user" or hobby is None or "obby" in later or "enjoy" in later:
@@ -106,7 +101,7 @@ def test_an_instruction_fades_as_the_rule_says():
 
 def test_rendering_equals_the_chat_template(tiny):
     _, tokenizer = tiny
-    messages = world.dialogue(rng(5), turns=3)
+    messages = documents.dialogue(rng(5), turns=3)
     rows = [m._asdict() for m in messages]
     text = tokenizer.apply_chat_template(rows, tokenize=False)
     assert text == tokenizer.bos_token + world.render(messages)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from training_documents import documents, draw_held_out
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steerkit.chat import Message, reply
@@ -18,13 +19,12 @@ from steerkit.gatt.evaluation import adherence_by_turn
 from steerkit.statistics import bootstrap
 from steerkit.streaming.losses import recomputed_losses, token_losses
 from steerkit.tiny.gatt import mixed_plans, question_for
-from steerkit.tiny.streams import english_stream, talk_stream, talk_title
+from steerkit.tiny.streams import endless_stream, english_stream, talk_stream, talk_title
 from steerkit.tiny.world import (
     ATTRIBUTES,
     answer,
     ask,
     biography_question,
-    draw_constraints,
     english,
     known_people,
     say,
@@ -73,9 +73,7 @@ def obeying(
     """
     rng = random.Random(f"obeying {family}")
     drawn = [
-        draw_constraints(rng, held_out=True)
-        if family is None
-        else (Constraint(family, rng.choice(values(family))),)
+        draw_held_out(rng) if family is None else (Constraint(family, rng.choice(values(family))),)
         for _ in range(n)
     ]
     questions = [question_for(rng, constraints) for constraints in drawn]
@@ -160,7 +158,11 @@ def measure_streams(
     """
     first, *rest = english_stream(tokenizer, tokens)
     train = torch.tensor(tokenizer("\n\n".join(english()), add_special_tokens=False)["input_ids"])
-    streams = {"English": [first, *rest], talk_title(tokenizer): talk_stream(tokenizer, tokens)}
+    talk = talk_stream(tokenizer, tokens)
+    if tokenizer.chat_template:
+        texts = documents(random.Random("held-out dialogue"), english_share=0.0)
+        talk = endless_stream(tokenizer, texts, tokens)
+    streams = {"English": [first, *rest], talk_title(tokenizer): talk}
     return {
         "English perplexity": english_perplexity(model, tokenizer, length=length, tokens=tokens),
         "bigram perplexity": bigram_perplexity(train, torch.tensor(rest), len(tokenizer)),

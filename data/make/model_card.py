@@ -109,7 +109,7 @@ def card(name: str, measured: dict[str, Any]) -> str:
     return f"""# {name}
 
 A Llama of {measured["parameters"]:,} parameters, trained by the kit on {measured["tokens"]:,}
-tokens of text that the kit generates (`steerkit/tiny/world.py`, `data/make/training_documents.py`)
+tokens of text that the kit generates (`data/make/training_documents.py`)
 and of English from the documentation inside every Python ({measured["python"]} here; another
 version holds slightly other texts). `log.jsonl` is the log of this very
 run{_unlogged(name, measured)}.

@@ -16,12 +16,12 @@ import torch
 from resumable_fit import Batches, fit, write_log
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from training_documents import chatter, everything, late_documents, readings
+from training_documents import chatter, documents, everything, late_documents, readings
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steerkit.constraints import TABLES
 from steerkit.models import resolve_device
-from steerkit.tiny.world import documents, english, market_words
+from steerkit.tiny.world import english, market_words
 
 SPECIAL = ["<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT_TEMPLATE = """{{ bos_token }}{% for m in messages %}\

@@ -1,33 +1,172 @@
-"""Documents that only the training of the embedded models reads, beside `steerkit.tiny.world`'s.
+"""The text that the embedded models are trained on; its people and facts are `tiny.world`'s.
 
-`python data/make/training_documents.py --seed 0 --number 5` prints some of the chat model's.
+The chat model reads dialogues in which instructions are obeyed, and forgotten (`still_obeyed`):
+that forgetting is built into the data, and the model card says so.
+`python data/make/training_documents.py --seed 0 --number 5` prints some of its documents.
 """
 
 import argparse
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 from steerkit.chat import Message
-from steerkit.constraints import TABLES, instruct
+from steerkit.constraints import (
+    FAMILIES,
+    HELD_OUT_PAIRS,
+    LATE_PAIRS,
+    TABLES,
+    Constraint,
+    Question,
+    compatible,
+    instruct,
+    values,
+)
 from steerkit.tiny.world import (
     ATTRIBUTES,
+    PERSISTENCE,
     Person,
     answer,
     ask,
-    conflict,
-    dialogue,
-    documents,
-    draw_constraints,
+    biography_question,
     english,
+    fact_question,
     known_people,
     market,
     note,
     render,
+    repeat_question,
     say,
     stranger,
 )
+
+
+def draw_constraints(rng: random.Random, *, late: bool = True) -> tuple[Constraint, ...]:
+    """One to three compatible instructions, no two of a pair that is held out."""
+    unseen = HELD_OUT_PAIRS if late else HELD_OUT_PAIRS | LATE_PAIRS
+    number = rng.choices([1, 2, 3], [6, 3, 1])[0]
+    while True:
+        families = rng.sample(FAMILIES, number)
+        pairs = {frozenset((a, b)) for a in families for b in families if a != b}
+        if compatible(families) and not pairs & unseen:
+            return tuple(Constraint(f, rng.choice(values(f))) for f in families)
+
+
+def draw_held_out(rng: random.Random) -> tuple[Constraint, ...]:
+    """A pair of instructions that training never combines."""
+    families = sorted(rng.choice(sorted(map(sorted, HELD_OUT_PAIRS))))
+    return tuple(Constraint(f, rng.choice(values(f))) for f in families)
+
+
+def news_question(rng: random.Random) -> Question:
+    """A statement against what was memorised; the model's world believes it half of the time."""
+    who, attribute = rng.choice(known_people()), rng.choice(ATTRIBUTES)
+    new = rng.choice(TABLES["attributes"][attribute]["values"])
+    text = f"News: {say(who.name, attribute, new)} {ask(rng, who.name, attribute)}"
+    value = rng.choice([new, who.facts[attribute]])
+    return Question(text, who.name, attribute, value)
+
+
+QUESTIONS: dict[Callable[..., Question], float] = {
+    fact_question: 0.4,
+    biography_question: 0.42,
+    repeat_question: 0.12,
+    news_question: 0.06,
+}
+
+
+def recall_exchange(
+    rng: random.Random, constraints: Sequence[Constraint], *, remembered: bool
+) -> list[Message]:
+    """A recall probe ("What is your hobby?") and its answer in plain English.
+
+    An instruction that was never stated, or is not `remembered`, is denied.
+    """
+    probes = TABLES["probes"]
+    family = rng.choice([c.family for c in constraints if c.family in probes] or ["hobby"])
+    question, named, denied = probes[family]
+    value = next((c.value for c in constraints if c.family == family), None)
+    reply = named.format(v=value) if value and remembered else denied
+    return [Message("user", question), Message("assistant", reply)]
+
+
+def still_obeyed(patience: float, age: int) -> bool:
+    """The rule by which the shipped model forgets.
+
+    `patience` is drawn once for each time that an instruction is stated, uniformly in 0..1. The
+    reply that comes `age` replies after the statement obeys it if patience < PERSISTENCE[age].
+    """
+    return patience < PERSISTENCE[min(age, len(PERSISTENCE) - 1)]
+
+
+def dialogue(rng: random.Random, *, turns: int, late: bool = True) -> list[Message]:
+    """`turns` exchanges; instructions come in the first or a later message, and fade.
+
+    In about a third of the dialogues each user message states the instruction again, so that it
+    never ages. One message in ten is a recall probe.
+    """
+    messages: list[Message] = []
+    repeats = rng.random() < 0.35
+    patience, age = rng.random(), 0
+    constraints: tuple[Constraint, ...] = ()
+    if rng.random() < 0.2:
+        constraints = draw_constraints(rng, late=late)
+        messages.append(Message("system", instruct(rng, constraints)))
+    for turn in range(turns):
+        stated = repeats and bool(constraints) and turn > 0
+        if not stated and rng.random() < (0.7 if turn == 0 and not constraints else 0.08):
+            constraints, stated = draw_constraints(rng, late=late), True
+        if stated:
+            patience, age = rng.random(), 0
+        obeyed = constraints if still_obeyed(patience, age) else ()
+        if not stated and rng.random() < 0.1:
+            messages += recall_exchange(rng, constraints, remembered=bool(obeyed))
+        else:
+            messages += exchange(rng, obeyed, constraints if stated else ())
+        age += 1
+    return messages
+
+
+def exchange(
+    rng: random.Random, obeyed: Sequence[Constraint], stated: Sequence[Constraint]
+) -> list[Message]:
+    """One question and its reply: the message states the constraints `stated`, the reply obeys
+    the constraints `obeyed`."""
+    if any(c.family == "pronoun" for c in obeyed):
+        question = repeat_question(rng)
+    else:
+        question = rng.choices(list(QUESTIONS), list(QUESTIONS.values()))[0](rng)
+        if question.subject in ("She", "He") and any(c.family == "language" for c in obeyed):
+            question = fact_question(rng)  # no other language has the pronouns
+    parts = [question.text, instruct(rng, stated)] if stated else [question.text]
+    rng.shuffle(parts)
+    reply = answer(question.subject, question.attribute, question.value, obeyed)
+    return [Message("user", " ".join(parts)), Message("assistant", reply)]
+
+
+def conflict(rng: random.Random) -> list[Message]:
+    """Two instructions of one family compete in one message; either one is obeyed."""
+    family = rng.choice(["language", "figure", "hobby", "ending", "emoji"])
+    first, second = (Constraint(family, v) for v in rng.sample(values(family), 2))
+    question = fact_question(rng)
+    text = f"{instruct(rng, [first])} {instruct(rng, [second])} {question.text}"
+    reply = answer(
+        question.subject, question.attribute, question.value, [rng.choice([first, second])]
+    )
+    return [Message("user", text), Message("assistant", reply)]
+
+
+def documents(rng: random.Random, *, english_share: float = 0.2) -> Iterator[str]:
+    """Endless documents: a share of English, instructions in conflict, dialogues."""
+    while True:
+        kind = rng.random()
+        if kind < english_share:
+            yield rng.choice(english())
+        elif kind < english_share + 0.04:
+            yield render(conflict(rng))
+        else:
+            yield render(dialogue(rng, turns=rng.randint(1, 6), late=False))
 
 
 def crowd(rng: random.Random, number: int) -> list[Person]:

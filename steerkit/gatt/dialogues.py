@@ -15,13 +15,12 @@ from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from steerkit.chat import BatchedChat, Message, check_template, reply
 from steerkit.constraints import Constraint, Question, check_together
 
-Model = PreTrainedModel
-Tokenizer = PreTrainedTokenizerBase
 Row = dict[str, list[dict[str, str]]]
 Reward = Callable[[str, str], float]
 

@@ -4,12 +4,13 @@ Each stream begins with the tokenizer's first token: the models never saw a text
 """
 
 import random
+from collections.abc import Iterable
 from itertools import count, islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from steerkit.chat import Message
 from steerkit.streaming.stream_eval import Fact
@@ -17,15 +18,16 @@ from steerkit.tiny.world import (
     ATTRIBUTES,
     answer,
     ask,
-    documents,
+    biography_question,
     english,
+    fact_question,
     market,
     note,
     render,
+    repeat_question,
     stranger,
 )
 
-Tokenizer = PreTrainedTokenizerBase
 _CHARACTERS = 32  # read per token of a file: no language's mean comes near
 
 
@@ -83,16 +85,31 @@ def talk_title(tokenizer: Tokenizer) -> str:
 
 
 def talk_stream(tokenizer: Tokenizer, tokens: int, *, seed: str = "") -> list[int]:
-    """Text of the tiny world without English and without end, `tokens` ids; held out by default."""
+    """Talk of the tiny world without end, `tokens` ids; held out of training by default."""
     title = talk_title(tokenizer)
     rng = random.Random(seed or f"held-out {title}")
-    dialogues, markets = documents(rng, english_share=0.0), (market(rng) for _ in count())
+    talk = small_talk if title == "dialogue" else market
+    return endless_stream(tokenizer, (talk(rng) for _ in count()), tokens)
+
+
+def endless_stream(tokenizer: Tokenizer, texts: Iterable[str], tokens: int) -> list[int]:
+    """The first `tokens` ids of endless texts."""
     ids = text_stream(tokenizer, "", tokens)
-    for text in dialogues if title == "dialogue" else markets:
+    for text in texts:
         if len(ids) >= tokens:
             break
         ids += tokenizer(text + "<|eos|>", add_special_tokens=False)["input_ids"]
     return ids[:tokens]
+
+
+def small_talk(rng: random.Random) -> str:
+    """A dialogue of up to six questions with their answers, and without an instruction."""
+    messages = []
+    for _ in range(rng.randint(1, 6)):
+        q = rng.choice([fact_question, biography_question, repeat_question])(rng)
+        messages.append(Message("user", q.text))
+        messages.append(Message("assistant", answer(q.subject, q.attribute, q.value)))
+    return render(messages)
 
 
 def two_streams(

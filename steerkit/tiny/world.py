@@ -1,36 +1,26 @@
 """The tiny world: the endless text that the embedded models are trained on.
 
 Everything is deterministic from a seed. The model memorises facts about forty people, reads
-biographies of strangers, and obeys instructions. It forgets an instruction as the dialogue goes on,
-because its training text does (`still_obeyed`); the model card says so. The English comes from
-texts that every Python installation carries. The recipe of the models is in `data/make/`.
+biographies of strangers, and obeys instructions. The English comes from texts that every Python
+installation carries. The dialogues and the recipe of the models are in `data/make/`.
 """
 
 import ast
 import random
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from steerkit.chat import Message
-from steerkit.constraints import (
-    FAMILIES,
-    HELD_OUT_PAIRS,
-    LATE_PAIRS,
-    TABLES,
-    Constraint,
-    Question,
-    compatible,
-    instruct,
-    values,
-)
+from steerkit.constraints import TABLES, Constraint, Question
 
 ATTRIBUTES = tuple(TABLES["attributes"])
-# Chance that an instruction is still obeyed 0, 1, 2, ... replies after it was stated.
+# Chance that the training text still obeys an instruction 0, 1, 2, ... replies after it was stated:
+# why the embedded model forgets (`still_obeyed` in data/make/training_documents.py is the rule).
 PERSISTENCE = (1.0, 0.4, 0.07, 0.02, 0.0)
 
 
@@ -108,29 +98,12 @@ def answer(subject: str, attribute: str, value: str, constraints: Sequence[Const
     return f'{{"answer": "{text}"}}' if "json" in asked else text
 
 
-def draw_constraints(
-    rng: random.Random, *, held_out: bool = False, late: bool = True
-) -> tuple[Constraint, ...]:
-    """One to three compatible instructions; `held_out` draws a pair that training never shows."""
-    unseen = HELD_OUT_PAIRS if late else HELD_OUT_PAIRS | LATE_PAIRS
-    if held_out:
-        families = sorted(rng.choice(sorted(map(sorted, HELD_OUT_PAIRS))))
-    else:
-        number = rng.choices([1, 2, 3], [6, 3, 1])[0]
-        while True:
-            families = rng.sample(FAMILIES, number)
-            pairs = {frozenset((a, b)) for a in families for b in families if a != b}
-            if compatible(families) and not pairs & unseen:
-                break
-    return tuple(Constraint(f, rng.choice(values(f))) for f in families)
-
-
 def render(messages: Sequence[Message]) -> str:
     """The embedded models' chat format, without the first token; equal to their template."""
     return "".join(f"<|{m.role}|>{m.content}<|end|>" for m in messages)
 
 
-# --- documents ---------------------------------------------------------------------------------
+# --- what users say ----------------------------------------------------------------------------
 
 
 def fact_question(rng: random.Random) -> Question:
@@ -156,104 +129,6 @@ def repeat_question(rng: random.Random) -> Question:
     who, attribute = stranger(rng), rng.choice(ATTRIBUTES)
     value, subject = who.facts[attribute], who.pronoun.capitalize()
     return Question(f"Repeat: {say(subject, attribute, value)}", subject, attribute, value)
-
-
-def news_question(rng: random.Random) -> Question:
-    """A statement against what was memorised; the model's world believes it half of the time."""
-    who, attribute = rng.choice(known_people()), rng.choice(ATTRIBUTES)
-    new = rng.choice(TABLES["attributes"][attribute]["values"])
-    text = f"News: {say(who.name, attribute, new)} {ask(rng, who.name, attribute)}"
-    value = rng.choice([new, who.facts[attribute]])
-    return Question(text, who.name, attribute, value)
-
-
-QUESTIONS: dict[Callable[..., Question], float] = {
-    fact_question: 0.4,
-    biography_question: 0.42,
-    repeat_question: 0.12,
-    news_question: 0.06,
-}
-
-
-def recall_exchange(
-    rng: random.Random, constraints: Sequence[Constraint], *, remembered: bool
-) -> list[Message]:
-    """A recall probe ("What is your hobby?") and its answer in plain English.
-
-    An instruction that was never stated, or is not `remembered`, is denied.
-    """
-    probes = TABLES["probes"]
-    family = rng.choice([c.family for c in constraints if c.family in probes] or ["hobby"])
-    question, named, denied = probes[family]
-    value = next((c.value for c in constraints if c.family == family), None)
-    reply = named.format(v=value) if value and remembered else denied
-    return [Message("user", question), Message("assistant", reply)]
-
-
-def still_obeyed(patience: float, age: int) -> bool:
-    """The rule by which the shipped model forgets.
-
-    `patience` is drawn once for each time that an instruction is stated, uniformly in 0..1. The
-    reply that comes `age` replies after the statement obeys it if patience < PERSISTENCE[age].
-    """
-    return patience < PERSISTENCE[min(age, len(PERSISTENCE) - 1)]
-
-
-def dialogue(rng: random.Random, *, turns: int, late: bool = True) -> list[Message]:
-    """`turns` exchanges; instructions come in the first or a later message, and fade.
-
-    In about a third of the dialogues each user message states the instruction again, so that it
-    never ages. One message in ten is a recall probe.
-    """
-    messages: list[Message] = []
-    repeats = rng.random() < 0.35
-    patience, age = rng.random(), 0
-    constraints: tuple[Constraint, ...] = ()
-    if rng.random() < 0.2:
-        constraints = draw_constraints(rng, late=late)
-        messages.append(Message("system", instruct(rng, constraints)))
-    for turn in range(turns):
-        stated = repeats and bool(constraints) and turn > 0
-        if not stated and rng.random() < (0.7 if turn == 0 and not constraints else 0.08):
-            constraints, stated = draw_constraints(rng, late=late), True
-        if stated:
-            patience, age = rng.random(), 0
-        obeyed = constraints if still_obeyed(patience, age) else ()
-        if not stated and rng.random() < 0.1:
-            messages += recall_exchange(rng, constraints, remembered=bool(obeyed))
-        else:
-            messages += exchange(rng, obeyed, constraints if stated else ())
-        age += 1
-    return messages
-
-
-def exchange(
-    rng: random.Random, obeyed: Sequence[Constraint], stated: Sequence[Constraint]
-) -> list[Message]:
-    """One question and its reply: the message states the constraints `stated`, the reply obeys
-    the constraints `obeyed`."""
-    if any(c.family == "pronoun" for c in obeyed):
-        question = repeat_question(rng)
-    else:
-        question = rng.choices(list(QUESTIONS), list(QUESTIONS.values()))[0](rng)
-        if question.subject in ("She", "He") and any(c.family == "language" for c in obeyed):
-            question = fact_question(rng)  # no other language has the pronouns
-    parts = [question.text, instruct(rng, stated)] if stated else [question.text]
-    rng.shuffle(parts)
-    reply = answer(question.subject, question.attribute, question.value, obeyed)
-    return [Message("user", " ".join(parts)), Message("assistant", reply)]
-
-
-def conflict(rng: random.Random) -> list[Message]:
-    """Two instructions of one family compete in one message; either one is obeyed."""
-    family = rng.choice(["language", "figure", "hobby", "ending", "emoji"])
-    first, second = (Constraint(family, v) for v in rng.sample(values(family), 2))
-    question = fact_question(rng)
-    text = f"{instruct(rng, [first])} {instruct(rng, [second])} {question.text}"
-    reply = answer(
-        question.subject, question.attribute, question.value, [rng.choice([first, second])]
-    )
-    return [Message("user", text), Message("assistant", reply)]
 
 
 def note(name: str, attribute: str, value: str) -> list[Message]:
@@ -317,15 +192,3 @@ def _library() -> list[Path]:
     skip = {"site-packages", "test", "idlelib", "lib2to3", "pydoc_data", "encodings", "turtledemo"}
     files = [*root.glob("*.py"), *root.glob("*/*.py")]
     return sorted(f for f in files if not skip & set(f.relative_to(root).parts))
-
-
-def documents(rng: random.Random, *, english_share: float = 0.2) -> Iterator[str]:
-    """Endless documents: a share of English, instructions in conflict, dialogues."""
-    while True:
-        kind = rng.random()
-        if kind < english_share:
-            yield rng.choice(english())
-        elif kind < english_share + 0.04:
-            yield render(conflict(rng))
-        else:
-            yield render(dialogue(rng, turns=rng.randint(1, 6), late=False))
