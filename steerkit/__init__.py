@@ -5,7 +5,7 @@ These names are the four results; everything else is imported from its module.
 
 from typing import Any
 
-from steerkit.attention.hook import attach
+from steerkit.attention.hook import Head, attach
 from steerkit.attention.maps import attention_map, span_share
 from steerkit.attention.record import attention_weights, sink_metric
 from steerkit.chat import Message, reply
@@ -14,7 +14,6 @@ from steerkit.gatt.evaluation import adherence_by_turn
 from steerkit.models import load
 from steerkit.spans import find_span
 from steerkit.steering.head_search import score_heads
-from steerkit.steering.key_bias import Head
 from steerkit.steering.other_methods import additive_bias
 from steerkit.steering.pasta import emphasise
 from steerkit.streaming.conversation import stream_chat

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import steerkit
 from steerkit.attention import maps, record
+from steerkit.attention.hook import Head
 from steerkit.gatt import dialogues as gatt
 from steerkit.gatt import evaluation as gatt_eval
 from steerkit.gatt.training import Settings, train
 from steerkit.steering import head_search, tasks
 from steerkit.steering import head_search as heads
 from steerkit.steering import other_methods as relatives
-from steerkit.steering.key_bias import Head
 from steerkit.steering.pasta import emphasise
 from steerkit.streaming import latency as timing
 from steerkit.streaming.conversation import stream_chat

@@ -13,6 +13,7 @@ import tiny_models
 import torch
 from torch import nn
 
+from steerkit.attention.hook import Head
 from steerkit.steering import head_search
 from steerkit.steering.head_search import (
     HeadTable,
@@ -33,7 +34,6 @@ from steerkit.steering.head_search import (
     shared_top_k,
     stability,
 )
-from steerkit.steering.key_bias import Head
 from steerkit.steering.pasta import emphasise
 from steerkit.steering.scoring import Prompt, PromptBatch, padded
 from steerkit.steering.tasks import to_prompts

@@ -12,9 +12,8 @@ from tiny_models import tiny, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from steerkit.attention.hook import AttentionCall, attach
+from steerkit.attention.hook import AttentionCall, Head, attach
 from steerkit.steering.other_methods import additive_bias, instaboost, split_softmax, spotlight
-from steerkit.steering.key_bias import Head
 from steerkit.steering.pasta import emphasise
 
 INSIDE = factor_of(SPANS, 40, 0.0).bool()

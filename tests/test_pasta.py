@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
-from steerkit.attention.hook import AttentionCall, attach, softmax_off_by_one
+from steerkit.attention.hook import AttentionCall, Head, attach, softmax_off_by_one
 from steerkit.attention.record import attention_weights
 from steerkit.steering.key_bias import attend_biased
-from steerkit.steering.key_bias import Head
 from steerkit.steering.pasta import emphasise
 from steerkit.streaming.sink_cache import SinkCache
 
@@ -592,7 +591,7 @@ NAN, PLAIN = float("nan"), forward(2, 40)
         (BOOL, HEADS, {}, lambda m: m.generate(tokens(2, 30), **NEW), "of 40 .* has 30"),
         (SPANS, [Head(2, 0)], {}, PLAIN, "L2H0: expected 0 <= layer < 2 layers"),
         (SPANS, [(-1, 0)], {}, PLAIN, "layer < 2"),
-        (SPANS, [Head(0, 4)], {}, PLAIN, "L0H4: .* index < 4 query heads .* 2 key/value heads"),
+        (SPANS, [Head(0, 4)], {}, PLAIN, "L0H4: .* index < 4 query heads"),
         (SPANS, {"1": [4]}, {}, PLAIN, "L1H4: .* query heads"),
         (SPANS, HEADS, {"alpha": 0.0}, PLAIN, "alpha=0.0: expected 0 < alpha <= 1"),
         (SPANS, HEADS, {"alpha": -0.1}, PLAIN, "alpha=-0.1"),

@@ -16,9 +16,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from steerkit.attention.hook import Head
 from steerkit.chat import Message, dialogue_ids, prompt_ids
 from steerkit.spans import encode, find_span, find_spans, find_turns, reduce_by_turn
-from steerkit.steering.key_bias import Head
 from steerkit.steering.pasta import emphasise
 
 TEXT = (

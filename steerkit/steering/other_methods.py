@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel as Model
 
-from steerkit.attention.hook import AttentionCall
+from steerkit.attention.hook import AttentionCall, Heads
 from steerkit.spans import Spans
-from steerkit.steering.key_bias import Heads, Strength, key_bias, weight_inside
+from steerkit.steering.key_bias import Strength, key_bias, weight_inside
 
 
 @contextmanager

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel as Model
 
+from steerkit.attention.hook import Heads
 from steerkit.spans import Spans
-from steerkit.steering.key_bias import Heads, key_bias
+from steerkit.steering.key_bias import key_bias
 
 
 @contextmanager

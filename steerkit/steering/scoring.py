@@ -17,8 +17,8 @@ from transformers import DynamicCache
 from transformers import PreTrainedModel as Model
 
 from steerkit.attention import hook
-from steerkit.attention.hook import AttentionCall
-from steerkit.steering.key_bias import Head, attend_biased
+from steerkit.attention.hook import AttentionCall, Head
+from steerkit.steering.key_bias import attend_biased
 from steerkit.steering.pasta import log_weights
 
 
