@@ -184,11 +184,12 @@ def make_rows(
     (0 is the first turn). TRL puts no loss on a prompt, so all earlier turns, assistant messages
     included, carry none. Only verified replies are taught.
 
+    >>> import steerkit
     >>> from steerkit.constraints import Constraint
     >>> from steerkit.gatt.dialogues import Plan, Sample
     >>> plan = Plan((Constraint("hobby", "chess"),), "Hobby: chess.", ("Who?", "Where?"))
     >>> replies = ("Ada. I love chess.", "Rome. I love chess.")
-    >>> row = make_rows([Sample(plan, replies, (True, True))])[0]
+    >>> row = steerkit.make_rows([Sample(plan, replies, verified=(True, True))])[0]
     >>> [message["content"] for message in row["prompt"]]
     ['Hobby: chess. Who?', 'Ada. I love chess.', 'Where?']
     >>> row["completion"]

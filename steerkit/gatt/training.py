@@ -11,7 +11,8 @@ from typing import Any
 import datasets
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.trainer import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -44,14 +45,14 @@ class Settings:
 
 
 def train(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    tokenizer: Tokenizer,
     rows: Sequence[Row],
     *,
     out: Path,
     settings: Settings = Settings(),  # noqa: B008
     resume: bool = False,
-) -> tuple[PreTrainedModel, list[dict[str, float]]]:
+) -> tuple[Model, list[dict[str, float]]]:
     """Train on GAtt rows (`make_rows`), on all assistant turns (`make_all_turns_rows`), or on DPO
     pairs (`make_pairs`), told apart by their keys; returns the model and the log (loss in nats).
 
@@ -63,16 +64,22 @@ def train(
 
     Works under `accelerate launch`. Two processes without a GPU are `ACCELERATE_USE_CPU=true
     accelerate launch --multi_gpu --num_processes 2`: with `--cpu` it starts one.
+
+    >>> import steerkit, tempfile
+    >>> from steerkit.gatt.training import Settings
+    >>> model, tokenizer = steerkit.load("tiny", device="cpu")
+    >>> prompt = [{"role": "user", "content": "Hobby: chess. Where does Anna Adler live?"}]
+    >>> reply = [{"role": "assistant", "content": "Anna Adler lives in Lisbon. I love chess."}]
+    >>> rows, out = [{"prompt": prompt, "completion": reply}], tempfile.mkdtemp()
+    >>> model, log = steerkit.train(model, tokenizer, rows, out=out, settings=Settings(steps=1))
+    {'loss': ...
+    >>> log[0]["loss"] < 0.1  # nats per token of the reply: the base knows this one
+    True
     """
     check_template(tokenizer)
     checkpoint = get_last_checkpoint(out) if Path(out).is_dir() else None
-    if checkpoint is not None and not resume:
-        raise ValueError(
-            f"{out} holds a training already ({Path(checkpoint).name}): give another folder, or go "
-            "on with resume=True; load the base anew, because it was trained in place"
-        )
     if checkpoint is not None:
-        _check_base(checkpoint, model)
+        _check_resume(checkpoint, model, resume=resume)
     trainer = make_trainer(model, tokenizer, rows, out=out, settings=settings)
     with _quiet():
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -85,8 +92,13 @@ def train(
     return trained.eval(), log
 
 
-def _check_base(checkpoint: str, model: PreTrainedModel) -> None:
-    """ValueError for an adapter that was trained on another base (all weights need no base)."""
+def _check_resume(checkpoint: str, model: Model, *, resume: bool) -> None:
+    """ValueError unless the checkpoint is to be resumed, and its adapter is one of this model."""
+    if not resume:
+        raise ValueError(
+            f"{checkpoint} is there already: give another folder, or go on with resume=True; load "
+            "the base anew, because it was trained in place"
+        )
     if (Path(checkpoint) / "adapter_config.json").exists():
         base = PeftConfig.from_pretrained(checkpoint).base_model_name_or_path
         if (base or "") != model.name_or_path:
@@ -111,8 +123,8 @@ def _quiet() -> Iterator[None]:
 
 @_quiet()
 def make_trainer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: Model,
+    tokenizer: Tokenizer,
     rows: Sequence[Row],
     *,
     out: Path,
