@@ -127,39 +127,29 @@ def test_cache_losses_keep_the_total_and_leave_the_beginning_out() -> None:
 def test_measure_splits_its_losses_by_the_token_that_predicts() -> None:
     model, recipe = backcopy.load_run("40 triggers")
     ids = backcopy.held_out(recipe, 4, 320)
-    found = backcopy.measure(model, recipe, ids)
+    numbers = backcopy.measure(model, recipe, ids)
     losses = token_losses(model, ids, sinks=1, window=CACHE - 1)[:, 128:]
     share = (ids[:, 128:-1] < 40).float().mean().item()
     best = backcopy.best_losses(recipe, ids)[:, 128:].mean().item()
-    parts = share * found["after triggers"] + (1 - share) * found["idle, above best"]
+    parts = share * numbers["after triggers"] + (1 - share) * numbers["idle, above best"]
     assert parts == pytest.approx(losses.mean().item() - best, abs=1e-4)
-    assert found["after triggers"] < 1.5 and found["streaming"] == losses.mean().item()
+    assert numbers["after triggers"] < 1.5 and numbers["streaming"] == losses.mean().item()
 
 
-# The shipped runs
+# The stored runs
 
 
-@pytest.fixture(scope="module")
-def gaps() -> dict[str, list[float]]:
-    """window - streaming in nats, by run and seed, on four short streams."""
-    found: dict[str, list[float]] = {}
-    for name in RUNS:
-        for seed in SEEDS:
-            model, recipe = backcopy.load_run(name, seed)
-            with backcopy.architecture(recipe, model):
-                ids = backcopy.held_out(recipe, 4, 320)
-                window, streaming = backcopy.cache_losses(model, ids, (0, 1)).mean(-1).tolist()
-            found.setdefault(name, []).append(window - streaming)
-    return found
-
-
-def test_every_seed_with_a_first_token_leans_on_it(gaps: dict[str, list[float]]) -> None:
-    assert min(gaps["learnable sink"] + gaps["common first token"] + gaps["slow"]) >= 0.3
-
-
-def test_no_seed_leans_on_it_without_need(gaps: dict[str, list[float]]) -> None:
-    names = ("vanilla", "zero sink", "capacity to spare", "40 triggers")
-    assert max(abs(gap) for name in names for gap in gaps[name]) < 0.05
+@pytest.mark.parametrize("name", RUNS)
+def test_every_seed_leans_on_its_first_token_or_none_does(name: str) -> None:
+    for seed in SEEDS:
+        model, recipe = backcopy.load_run(name, seed)
+        with backcopy.architecture(recipe, model):
+            ids = backcopy.held_out(recipe, 4, 320)
+            window, streaming = backcopy.cache_losses(model, ids, (0, 1)).mean(-1).tolist()
+        if name in ("learnable sink", "common first token", "slow"):
+            assert window - streaming >= 0.3
+        elif name in ("vanilla", "zero sink", "capacity to spare", "40 triggers"):
+            assert abs(window - streaming) < 0.05
 
 
 def test_the_zero_sink_is_part_of_its_model() -> None:
@@ -171,31 +161,23 @@ def test_the_zero_sink_is_part_of_its_model() -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_shipped_log_is_the_shipped_models(name: str) -> None:
+def test_the_stored_log_is_the_stored_models(name: str) -> None:
     model, recipe = backcopy.load_run(name, 2)
     folder = data_file("backcopy") / backcopy.folder_name(name, 2)
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(50, recipe.steps + 1, 50))
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == list(range(50, recipe.steps + 1, 50))
     with backcopy.architecture(recipe, model), torch.no_grad():
         batches = [backcopy.batch(recipe, step) for step in range(596, 600)]
         losses = [backcopy.next_token_loss(model, batch).item() for batch in batches]
-    assert sum(losses) / 4 == pytest.approx(rows[-1]["loss"], abs=0.15)
+    assert sum(losses) / 4 == pytest.approx(log[-1]["loss"], abs=0.15)
 
 
-def test_the_shipped_runs_are_small() -> None:
-    files = [f for f in data_file("backcopy").rglob("*") if f.is_file()]
-    assert sum(f.stat().st_size for f in files) < 3_000_000
-    assert {f.name.partition("-")[0] for f in files} == {"log.jsonl", "step"}
+def test_the_stored_runs_are_small() -> None:
+    files = [file for file in data_file("backcopy").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 3_000_000
 
 
 # Training
-
-
-def test_the_loss_of_training_is_the_mean_of_the_next_tokens_losses() -> None:
-    model, recipe = backcopy.load_run("slow", 1)
-    batch = backcopy.batch(recipe, 3)
-    loss = backcopy.next_token_loss(model, batch).item()
-    assert loss == pytest.approx(token_losses(model, batch).mean().item(), abs=1e-5)
 
 
 def test_the_recipe_of_the_stored_runs_trains_each_once_and_keeps_what_is_needed(
@@ -230,7 +212,7 @@ def test_measurements_are_live_first_and_shipped_later() -> None:
     assert rows[1]["dense"] != rows[0]["dense"]
 
 
-def test_a_live_training_is_the_shipped_one() -> None:
+def test_a_live_training_is_the_stored_one() -> None:
     """The notebook trains what data/backcopy holds: equal after fifty steps, but for rounding."""
     ids = backcopy.held_out(RECIPE, 4, 200)
     live, stored = (

@@ -1,7 +1,8 @@
 """Streaming equals one token per forward, under every option, for every architecture it accepts."""
 
+import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -282,10 +283,6 @@ def test_recomputation_equals_a_forward_per_token(llama: PreTrainedModel) -> Non
     some = [38, 3, 11, 12, 3]
     assert gap(recomputed_losses(llama, ids, length=L, positions=some), ours[:, some]) < 2e-5
     assert gap(ours, token_losses(llama, ids, sinks=0, window=L - 1)) > 0.05
-
-
-def test_recomputation_over_everything_is_dense(llama: PreTrainedModel) -> None:
-    ids = tokens(1, 30)
     assert gap(recomputed_losses(llama, ids, length=50), stock_losses(llama, ids)) < 2e-5
 
 
@@ -535,6 +532,7 @@ def test_a_chat_is_one_stream_in_the_template_s_format(
     """Replies equal the oracle's over the whole rendered dialogue, cut short or ended properly."""
     tokenizer, said = words(), []
     asked = ["hello", "more?", "and now a longer question", "so"]
+    endless = itertools.chain(asked, itertools.repeat("never read"))
 
     def choose(logits: Tensor) -> int:
         logits = logits.clone()
@@ -544,10 +542,10 @@ def test_a_chat_is_one_stream_in_the_template_s_format(
         return tokenizer.eos_token_id if ends else said[-1]
 
     chat = stream_chat(
-        llama, tokenizer, asked, system="be", sinks=4, window=20, max_new_tokens=6, choose=choose
+        llama, tokenizer, endless, system="be", sinks=4, window=20, max_new_tokens=6, choose=choose
     )
     rows, replies = [{"role": "system", "content": "be"}], []
-    for question, reply in zip(asked, chat, strict=True):
+    for question, reply in zip(asked, chat, strict=False):
         rows.append({"role": "user", "content": question})
         text = tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True)
         ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
@@ -562,15 +560,6 @@ def test_a_chat_is_one_stream_in_the_template_s_format(
         rows.append({"role": "assistant", "content": reply.text})
         replies.append(reply.text)
     assert len(set(replies)) > 1 and reply.seen > 60
-
-
-def test_messages_are_read_lazily(llama: PreTrainedModel) -> None:
-    def endless() -> Iterator[str]:
-        while True:
-            yield "hi"
-
-    chat = stream_chat(llama, words(), endless(), window=20, max_new_tokens=2)
-    assert [next(chat).kept for _ in range(5)][-1] == 25
 
 
 def register(number: int, rng: random.Random) -> Fact:

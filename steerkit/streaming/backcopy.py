@@ -190,7 +190,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     losses, log = [], []
     model.train()
-    for step in tqdm(range(1, steps + 1), unit="step", delay=2, leave=False):
+    for step in tqdm(range(1, steps + 1), delay=2, mininterval=1, leave=False):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * min(1.0, step / WARMUP)
         loss = next_token_loss(model, batch(recipe, step - 1).to(model.device))

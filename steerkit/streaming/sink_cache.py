@@ -177,10 +177,10 @@ class SinkLayer(CacheLayerMixin):
         self.keys.index_copy_(2, slots, key[:, :, n - length :])
         self.values.index_copy_(2, slots, value[:, :, n - length :])
         if state.seen < state.sinks:
-            new_sinks = slice(state.seen, min(end, state.sinks))
-            count = new_sinks.stop - new_sinks.start
-            self.keys[:, :, new_sinks] = self.sink_keys[:, :, new_sinks] = key[:, :, :count]
-            self.values[:, :, new_sinks] = value[:, :, :count]
+            first, last = state.seen, min(end, state.sinks)
+            self.values[:, :, first:last] = value[:, :, : last - first]
+            self.keys[:, :, first:last] = key[:, :, : last - first]
+            self.sink_keys[:, :, first:last] = key[:, :, : last - first]
 
     def _store_block(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store a block that evicts; return the sinks, the kept tokens and the block, in order."""
@@ -210,18 +210,18 @@ class SinkLayer(CacheLayerMixin):
         value = torch.cat([call.value[:, :, :S], call.value[:, :, band]], dim=2)
         mask = state.share(state.mask, start, stop, query.dtype, query.device)  # (1,1,n,K)
         if S and self.rotation:
-            sinks = mask[..., :S] + self._sink_bias(query, start) * call.scaling
+            sinks = mask[..., :S] + self._sink_bias(query, start, call.scaling)
             mask = torch.cat([sinks, mask[..., S:].expand(*sinks.shape[:3], -1)], dim=3)
         return call.attend(query=query, key=key, value=value, mask=mask)
 
-    def _sink_bias(self, query: Tensor, start: int) -> Tensor:
+    def _sink_bias(self, query: Tensor, start: int, scaling: float) -> Tensor:
         """What brings sinks to their distance: (rotated q - q) . k_sink, (B,H,n,D) -> (B,H,n,S)."""
         B, H, n, D = query.shape
         cos, sin = self.state.share(self._rotation_table, self.rotation, query.device)
         back = cos[start : start + n], -sin[start : start + n]
         difference = self.rotation.rotate(query.float(), back) - query.float()
         grouped = difference.view(B, -1, H // self.sink_keys.shape[1], n, D)  # (B,Hkv,G,n,D)
-        scores = grouped @ self.sink_keys.float().mT[:, :, None]
+        scores = grouped @ self.sink_keys.float().mT[:, :, None] * scaling
         return scores.view(B, H, n, -1).to(query.dtype)
 
     def _rotation_table(self, rotation: Rotation, device: torch.device) -> tuple[Tensor, Tensor]:
