@@ -112,7 +112,7 @@ def test_a_kept_cache_gives_the_replies_of_fresh_prompts(tiny):
     """Dialogues of other lengths, a fork, a reply that is replaced, a selection."""
     chat, first = BatchedChat(*tiny), user(QUESTIONS[0], QUESTIONS[1])
     texts = chat.reply(first)
-    assert texts == reply(*tiny, first)
+    assert texts == reply(*tiny, first) == chat.reply(first)  # and again, the prompt all cached
 
     def go_on(dialogues, answers, question):
         pairs = zip(dialogues, answers, strict=True)

@@ -84,6 +84,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
         raise OSError(28, "No space left on device")
 
     files.write_json(tmp_path / "a.json", [1])
+    (tmp_path / "b.json").hardlink_to(tmp_path / "a.json")
+    files.write_json(tmp_path / "a.json", [1])  # a new file in its place, the old one untouched
+    assert not (tmp_path / "b.json").samefile(tmp_path / "a.json")
+    (tmp_path / "b.json").unlink()
     with pytest.raises(TypeError):
         files.write_json(tmp_path / "a.json", [object()])
     monkeypatch.setattr(Path, "write_bytes", full_disk)
