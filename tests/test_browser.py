@@ -41,6 +41,7 @@ SETTINGS = {  # no questions to the network, and cells beyond the screen are on 
 
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.first(60),
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: apt install chromium"),
 ]
 
@@ -78,7 +79,7 @@ def lab(notebook: Path, tmp_path: Path) -> Iterator[str]:
     places |= {
         "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"),
-        "STEERKIT_FIGURES": str(tmp_path / "figures"),
+        "STEERKIT_RUNS": str(tmp_path / "runs"),
     }
     command = [
         *(sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root"),
@@ -92,11 +93,7 @@ def lab(notebook: Path, tmp_path: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/lab/tree/{notebook.name}?token={token}"
     finally:
         server.terminate()
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        server.wait(30)
         log.close()
 
 

@@ -65,9 +65,8 @@ def seconds(path: Path, profile: str) -> float:
 
 
 def execute(path: Path, folder: Path, profile: str) -> runner.Outcome:
-    values = runner.overrides(path, profile=profile)
-    options = {"profile": profile, "out": folder / "runs", "timeout": 600, "progress": False}
-    return runner.execute(path, values, cwd=folder, **options)
+    values = runner.overrides(path, profile)
+    return runner.execute(path, values, profile, folder / "runs", cwd=folder)
 
 
 @pytest.fixture(scope="module", params=longest_first("cpu"))
@@ -166,7 +165,7 @@ def test_the_first_notebook_leads_to_all_others() -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_gpu_profile_takes_a_model_and_has_its_own_sizes(path: Path) -> None:
-    values = runner.overrides(path, profile="gpu", model="org/name")
+    values = runner.overrides(path, "gpu", "org/name")
     assert values["PROFILE"] == "gpu" and values.get("MODEL", "org/name") == "org/name"
     tables = [
         {key.value for key in node.keys if isinstance(key, ast.Constant)}

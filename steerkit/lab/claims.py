@@ -9,10 +9,9 @@ WIDTHS = {"holds": 5, "notebook": 8, "claim": 44, "ours": 21, "paper": 18}  # 10
 
 
 def read_claims(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """Every claim in `folders`, one for each notebook; `notebook` and `name` are added to each."""
+    """Every claim in `folders`, one folder for each notebook, whose name is added to each claim."""
     return [
-        {"notebook": folder.name, "name": file.name.removesuffix(".claim.json")}
-        | json.loads(file.read_text(encoding="utf-8"))
+        {"notebook": folder.name} | json.loads(file.read_text(encoding="utf-8"))
         for folder in folders
         for file in sorted(folder.glob("*.claim.json"))
     ]

@@ -5,8 +5,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from steerkit.results import versions
 
 PROFILES = ("smoke", "cpu", "gpu")
@@ -25,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 a notebook failed or an exercise is open, 2 a wrong request."""
     args = _parser().parse_args(argv)
     try:
-        return args.command(args, Console(highlight=False, markup=False, soft_wrap=True))
+        return args.command(args)
     except (ValueError, OSError, ImportError) as error:
         hint = "; pip install 'steerkit[notebooks]'" if isinstance(error, ImportError) else ""
         print(f"steerkit {args.name}: {error}{hint}", file=sys.stderr)
@@ -47,9 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--profile", default="cpu", choices=PROFILES, help="how much (default: cpu)")
     run.add_argument("--model", metavar="ID_OR_DIR", help="default: the embedded models")
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
-    run.add_argument(
-        "--out", type=Path, default=Path("runs"), help="what it writes (default: runs)"
-    )
+    run.add_argument("--out", type=Path, default=Path("runs"), help="default: runs")
     run.add_argument("--figures", help=argparse.SUPPRESS)
     run.add_argument("--store", action="store_true", help="authors: commit outputs and figures/")
 
@@ -67,67 +63,53 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(command=_check)
     check.add_argument("notebooks", type=Path, nargs="+", metavar="NOTEBOOK")
     check.add_argument("--profile", default="smoke", choices=PROFILES)
-    for executing in (run, check):
-        executing.add_argument("--timeout", type=int, metavar="S", help="seconds per cell")
     return parser
 
 
-def _run(args: argparse.Namespace, console: Console) -> int:
+def _run(args: argparse.Namespace) -> int:
     from steerkit.lab import claims, runner
 
     paths = runner.find_notebooks(args.only)
-    chosen = {"profile": args.profile, "model": args.model, "extra": args.p}
     # Whatever can be wrong with the request is found before the first notebook runs.
-    values = {path: runner.overrides(path, **chosen) for path in paths}
     if args.store and (args.model or args.p):
         raise ValueError("--store commits a profile's default run: not with --model or -p")
-    timeout = args.timeout or runner.CELL_TIMEOUT[args.profile]
+    values = {path: runner.overrides(path, args.profile, args.model, args.p) for path in paths}
     outcomes = []
     for position, path in enumerate(paths, start=1):
-        console.print(f"{position}/{len(paths)} {path.stem} ({args.profile})", style="bold")
-        options = {"profile": args.profile, "out": args.out, "timeout": timeout}
-        outcome = runner.execute(path, values[path], **options)
+        print(f"{position}/{len(paths)} {path.stem} ({args.profile})", flush=True)
+        outcome = runner.execute(path, values[path], args.profile, args.out)
         outcomes.append(outcome)
-        if outcome.error is None:
-            console.print(f"  done in {outcome.seconds:.0f} s", style="green")
-            if args.store:
-                figures = path.parent.parent / "figures" / args.profile
-                runner.store(outcome, path, figures / path.stem)
-    console.print(claims.claims_table(claims.read_claims(o.results for o in outcomes)))
-    console.print(f"details, figures and executed notebooks: {args.out / args.profile}")
+        if args.store and outcome.error is None:
+            runner.store(outcome, path, path.parent.parent / "figures" / args.profile / path.stem)
+    print(claims.claims_table(claims.read_claims(outcome.results for outcome in outcomes)))
+    print(f"details, figures and executed notebooks: {args.out / args.profile}")
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:
-        console.print(f"FAILED {outcome.notebook}, {outcome.error}", style="red")
-        console.print(f"  as far as it came: {outcome.executed}")
+        print(f"FAILED {outcome.notebook}, {outcome.error}; see {outcome.executed}")
     return 1 if failed else 0
 
 
-def _notebooks(args: argparse.Namespace, console: Console) -> int:
+def _notebooks(args: argparse.Namespace) -> int:
     from steerkit.lab import runner
 
-    for path in runner.copy_notebooks(args.folder):
-        console.print(str(path))
+    print(*runner.copy_notebooks(args.folder), sep="\n")
     return 0
 
 
-def _student(args: argparse.Namespace, console: Console) -> int:
+def _student(args: argparse.Namespace) -> int:
     from steerkit.lab import exercises, runner
 
-    for path in exercises.write_copies(runner.find_notebooks(args.only), args.folder):
-        console.print(str(path))
+    print(*exercises.write_copies(runner.find_notebooks(args.only), args.folder), sep="\n")
     return 0
 
 
-def _check(args: argparse.Namespace, console: Console) -> int:
-    from steerkit.lab import exercises, runner
+def _check(args: argparse.Namespace) -> int:
+    from steerkit.lab import exercises
 
-    timeout = args.timeout or runner.CELL_TIMEOUT[args.profile]
-    all_right = True
+    states = []
     for path in args.notebooks:
-        console.print(str(path), style="bold")
-        states = exercises.grade(path, profile=args.profile, timeout=timeout)
-        for number, state in enumerate(states, start=1):
-            right = state == exercises.RIGHT
-            console.print(f"  Exercise {number}: {state}", style="green" if right else "red")
-            all_right = all_right and right
-    return 0 if all_right else 1
+        print(path, flush=True)
+        for number, state in enumerate(exercises.grade(path, args.profile), start=1):
+            print(f"  Exercise {number}: {state}")
+            states.append(state)
+    return 0 if set(states) == {exercises.RIGHT} else 1

@@ -112,9 +112,9 @@ def write_copies(notebooks: Sequence[Path], out: Path) -> list[Path]:
     return list(texts)
 
 
-def grade(path: Path, *, profile: str, timeout: int, progress: bool = True) -> list[str]:
-    """Run a copy of a student's notebook and say of each exercise: right, not done yet, wrong: ...,
-    or not reached: ... . `timeout` in seconds per cell."""
+def grade(path: Path, profile: str) -> list[str]:
+    """Run a copy of a student's notebook, and say of each exercise: right, not done yet,
+    wrong: ..., or not reached: ..."""
     import nbformat
 
     from steerkit.lab import runner
@@ -127,10 +127,8 @@ def grade(path: Path, *, profile: str, timeout: int, progress: bool = True) -> l
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / path.name
         nbformat.write(notebook, trial)
-        values = runner.overrides(trial, profile=profile)
-        options = {"profile": profile, "timeout": timeout, "progress": progress}
-        where = {"out": Path(folder) / "runs", "cwd": path.parent.resolve()}
-        outcome = runner.execute(trial, values, **where, **options)
+        values, out = runner.overrides(trial, profile), Path(folder) / "runs"
+        outcome = runner.execute(trial, values, profile, out, cwd=path.parent.resolve())
         executed = nbformat.read(outcome.executed, as_version=4)
     return [_state(cell, outcome.error) for cell in _tagged(executed)]
 

@@ -33,7 +33,6 @@ class Outcome(NamedTuple):
     """What became of one notebook; `error` is None or names the cell and the reason."""
 
     notebook: str
-    seconds: float
     error: str | None
     executed: Path  # after an error as far as it came
     results: Path  # the folder of its figures and claims
@@ -71,7 +70,7 @@ def parameters(path: Path) -> dict[str, Any]:
 
 
 def overrides(
-    path: Path, *, profile: str, model: str | None = None, extra: Iterable[tuple[str, str]] = ()
+    path: Path, profile: str, model: str | None = None, extra: Iterable[Sequence[str]] = ()
 ) -> dict[str, Any]:
     """What to inject into the notebook: the requested values that differ from its defaults.
 
@@ -105,16 +104,14 @@ def _typed(name: str, text: str, default: Any) -> Any:
 def execute(
     path: Path,
     values: Mapping[str, Any],
-    *,
     profile: str,
     out: Path,
-    timeout: int,
+    *,
     cwd: Path | None = None,
-    progress: bool = True,
 ) -> Outcome:
     """Run one notebook with `values` as parameters, in `cwd` (default: its own folder).
 
-    `timeout` is in seconds per cell. run.json holds time, peak memory, machine and versions.
+    run.json holds time, peak memory, machine and versions.
     """
     partial, done = out / "partial" / profile, out / profile
     results = partial / path.stem
@@ -135,25 +132,24 @@ def execute(
                 parameters=dict(values),
                 kernel_name="python3",
                 cwd=cwd or path.parent,
-                execution_timeout=timeout,
-                progress_bar=progress,
+                execution_timeout=CELL_TIMEOUT[profile],
                 # a local kernel warns of plain TCP; the extension writes what the kernel used
                 extra_arguments=["--log-level=ERROR", "--ext=steerkit.lab.usage"],
             )
     except Exception as failure:  # one notebook's failure must not stop the others
         error = _explain(failure)
-    seconds = round(time.perf_counter() - start, 1)
     if error is not None:
-        return Outcome(path.stem, seconds, error, partial / path.name, results)
+        return Outcome(path.stem, error, partial / path.name, results)
     record = {"notebook": path.stem, "profile": profile, "parameters": dict(values)}
-    record |= {"machine": machine(), "versions": versions(), "seconds": seconds}
+    record |= {"machine": machine(), "versions": versions()}
+    record["seconds"] = round(time.perf_counter() - start, 1)
     if usage.exists():  # else the kernel died while it ended
         record |= json.loads(usage.read_text(encoding="utf-8"))
         usage.unlink()
     write_json(results / "run.json", record)
     move_folder(results, done / path.stem)
     executed = (partial / path.name).replace(done / path.name)
-    return Outcome(path.stem, seconds, None, executed, done / path.stem)
+    return Outcome(path.stem, None, executed, done / path.stem)
 
 
 def _explain(failure: Exception) -> str:
