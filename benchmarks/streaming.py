@@ -3,7 +3,7 @@
     python benchmarks/streaming.py [--quick]
 
 The baseline is written here after the official code's semantics: one token per forward, keys cached
-before rotary embedding, concatenated, all turned anew at every step, plain matrix products and
+before rotary embedding, concatenated, all rotated anew at every step, plain matrix products and
 softmax, the cache trimmed afterwards. Random weights; 4 layers x 256 with as many key/value heads
 as query heads, like Llama-2-7B, and for decoding also 12 layers x 768: the wider the model, the
 more of the time is the cache's. Machines shared with others make milliseconds drift; the ratios are
@@ -62,7 +62,7 @@ class Official:
             self.keys[layer.self_attn] = torch.randn(shape)
             self.values[layer.self_attn] = torch.randn(shape)
 
-    def turn(self, x: Tensor, first: int) -> Tensor:
+    def rotate(self, x: Tensor, first: int) -> Tensor:
         cos, sin = (t[:, first : first + x.shape[2]] for t in (self.cos, self.sin))
         half = x.shape[-1] // 2
         return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
@@ -81,10 +81,10 @@ class Official:
             k = torch.cat([self.keys[module], k], dim=2)
             v = torch.cat([self.values[module], v], dim=2)
         last, groups = k.shape[2] - 1, q.shape[1] // k.shape[1]
-        turned, values = self.turn(k, 0), v
+        rotated, values = self.rotate(k, 0), v
         if groups > 1:
-            turned, values = (x.repeat_interleave(groups, 1) for x in (turned, v))
-        weights = (self.turn(q, last) @ turned.mT * scaling).softmax(-1)
+            rotated, values = (x.repeat_interleave(groups, 1) for x in (rotated, v))
+        weights = (self.rotate(q, last) @ rotated.mT * scaling).softmax(-1)
         if last >= SINKS + self.window:
             k = torch.cat([k[:, :, :SINKS], k[:, :, -self.window :]], dim=2)
             v = torch.cat([v[:, :, :SINKS], v[:, :, -self.window :]], dim=2)
@@ -92,7 +92,7 @@ class Official:
         return (weights @ values).transpose(1, 2).contiguous(), None
 
     def step(self, token: Tensor) -> Tensor:
-        """(1,1) ids -> (1,1,V) logits; position 0 does not turn, so raw keys arrive."""
+        """(1,1) ids -> (1,1,V) logits; position 0 does not rotate, so raw keys arrive."""
         at_zero = torch.zeros(1, 1, dtype=torch.long)
         return self.model(input_ids=token, position_ids=at_zero, use_cache=False).logits
 
@@ -162,17 +162,19 @@ def flatness(
         yield Row(what, ratio, "{:.2f}x", "<= 1.10x", f"{times} ms/token")
 
 
-def door(model: PreTrainedModel, T: int, ids: Tensor, repeats: int) -> Row:
-    """A forward through the door with nothing attached, against stock SDPA."""
+def nothing_attached(model: PreTrainedModel, T: int, ids: Tensor, repeats: int) -> Row:
+    """A forward through the attention function with nothing attached, against stock SDPA."""
     through = with_attention(model, "steerkit", AttentionInterface()["steerkit"])
     steps = {
         "stock": lambda: model(ids[:, :T], use_cache=False),
-        "door": lambda: through(ids[:, :T], use_cache=False),
+        "ours": lambda: through(ids[:, :T], use_cache=False),
     }
     seconds = interleaved(steps, repeats=repeats)
-    times = f"{1e3 * seconds['stock']:.2f} -> {1e3 * seconds['door']:.2f} ms"
-    ratio = seconds["door"] / seconds["stock"]
-    return Row(f"the door, nothing attached, {T} tokens", ratio, "{:.2f}x", "<= 1.02x", times)
+    times = f"{1e3 * seconds['stock']:.2f} -> {1e3 * seconds['ours']:.2f} ms"
+    ratio = seconds["ours"] / seconds["stock"]
+    return Row(
+        f"attention function, nothing attached, {T} tokens", ratio, "{:.2f}x", "<= 1.02x", times
+    )
 
 
 def same_losses(model: PreTrainedModel, ids: Tensor) -> Row:
@@ -227,7 +229,7 @@ def measure(quick: bool) -> Iterator[Row]:
         yield decode(random_model(12, 768, 12), size, ids, 9)
     yield from flatness(model, [500, 2000] if quick else [1000, 10_000, 100_000], ids, repeats)
     for T in (1, 64 if quick else 512):
-        yield door(model, T, ids, 4 * repeats)
+        yield nothing_attached(model, T, ids, 4 * repeats)
     for size in sizes:
         yield figure10(model, size, 3 if quick else 9)
 
