@@ -4,12 +4,13 @@
 
 Writes FOLDER/results.json and results.md (default: here; with --quick runs/bench) after each
 script, so a run that was cut goes on with --only. Results of another machine or other versions are
-replaced, not mixed. `make bench` calls this, and the README's table of ratios comes from it.
+replaced, not mixed. `make bench` calls this.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -53,8 +54,18 @@ def page(results: dict[str, Any]) -> str:
         about = "{date}, {minutes} minutes, load {load[0]} to {load[1]}".format(**script)
         lines += ["", f"## {name} ({about})", "", "| what | measured | goal | times behind it |"]
         lines += ["|---|---|---|---|"]
-        lines += ["| {what} | {shown} | {goal} | {how} |".format(**row) for row in script["rows"]]
+        for row in script["rows"]:
+            goal = row["goal"] if met(row) else f"{row['goal']} **missed**"
+            lines.append(f"| {row['what']} | {row['shown']} | {goal} | {row['how']} |")
     return "\n".join(lines) + "\n"
+
+
+def met(row: dict[str, Any]) -> bool:
+    """Is the number, before it was rounded, on the goal's side (">= 3x", "< 1e-5", or no goal)?"""
+    if not row["goal"].startswith((">", "<")):
+        return True
+    limit = float(re.search(r"[\d.e-]+", row["goal"])[0])
+    return row["value"] >= limit if row["goal"].startswith(">") else row["value"] <= limit
 
 
 def main() -> None:
