@@ -135,6 +135,14 @@ def test_nesting_is_refused_and_the_first_edit_stays(llama: PreTrainedModel) -> 
     assert state_of(llama) == ("sdpa", [])
 
 
+def test_a_layer_that_never_calls_the_function_is_an_error() -> None:
+    model = tiny("llama")
+    model.config.num_hidden_layers = 3  # as a layer of linear attention would be counted
+    for find in (attention_modules, lambda model: attention_weights(model, tokens(1, 5))):
+        with pytest.raises(ValueError, match="2 attention calls of 3 layers"):
+            find(model)
+
+
 def test_finding_the_layers_leaves_the_random_state_alone() -> None:
     model = tiny("gpt2").train()  # dropout draws random numbers
     before = torch.get_rng_state()

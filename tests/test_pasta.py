@@ -61,12 +61,9 @@ def literal(
     return {layer: of(layer) for layer in {layer for layer, _ in heads}}
 
 
-def factor_of(
-    spans: Sequence[Sequence[tuple[int, int]]], T: int, alpha: float, *, sinks: int = 0
-) -> Tensor:
+def factor_of(spans: Sequence[Sequence[tuple[int, int]]], T: int, alpha: float) -> Tensor:
     out = torch.full((len(spans), T), alpha)
     for row, each in zip(out, spans, strict=True):
-        row[:sinks] = 1.0
         for start, end in each:
             row[start:end] = 1.0
     return out
@@ -260,6 +257,15 @@ def test_half_precision_carries_log_alpha_through_prefill() -> None:
     assert abs(share[0, -1, 0, 0].item() - 1 / (1 + math.exp(13.75 - 13.78125))) < 0.003
 
 
+@pytest.mark.parametrize("Q", [1, 5])
+def test_the_arithmetic_leaves_its_call_as_it_was(Q: int) -> None:
+    q, k, v = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(0))
+    call = AttentionCall(nn.Module(), q[:, :, -Q:], k, v, None, 0.3, {})
+    before = dict(vars(call))
+    attend_biased(call, torch.ones(4, 1), torch.randn(2, 5))
+    assert all(vars(call)[name] is value for name, value in before.items())
+
+
 @torch.no_grad()
 def test_head_sizes_for_accelerators_compute_the_same(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
@@ -440,20 +446,6 @@ def test_each_with_has_its_own_alpha(llama: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def test_kept_sinks_are_the_first_tokens_that_are_not_padding(llama: PreTrainedModel) -> None:
-    ids, factor = tokens(2, 40), factor_of(SPANS, 40, 0.01, sinks=4)
-    padding = torch.ones_like(ids)
-    padding[1, :5] = 0
-    with emphasise(llama, SPANS, HEADS, keep_sinks=4):
-        close(llama(ids).logits, without_cache_inside(llama, ids, factor))
-        new = NEW | {"num_return_sequences": 2, "do_sample": True}
-        made = llama.generate(ids, attention_mask=padding, **new)
-    factor[1, :9] = 0.01
-    factor[1, 5:9] = 1.0
-    check_generated(llama, made, factor, padding)
-
-
-@torch.no_grad()
 def test_softmax_off_by_one_keeps_its_zero_sink_at_full_weight() -> None:
     model, ids, factor = tiny("llama", sharpen=2.0), tokens(2, 40), factor_of(SPANS, 40, 0.01)
     everywhere = [Head(layer, index) for layer in range(2) for index in range(4)]
@@ -598,14 +590,6 @@ NAN, PLAIN = float("nan"), forward(2, 40)
         (SPANS, HEADS, {"alpha": 1.001}, PLAIN, "alpha=1.001"),
         (BOOL, HEADS, {"alpha": 0.0}, PLAIN, "alpha=0.0"),
         (SPANS, HEADS, {"alpha": NAN}, PLAIN, "alpha=nan"),
-        (SPANS, HEADS, {"keep_sinks": -1}, PLAIN, "keep_sinks=-1"),
-        (
-            SPANS,
-            HEADS,
-            {"keep_sinks": 1},
-            forward(2, 40, attention_mask=torch.ones(2, 1, 40, 40, dtype=torch.bool).tril()),
-            "keep_sinks needs",
-        ),
     ],
 )
 @torch.no_grad()

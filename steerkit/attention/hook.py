@@ -9,10 +9,10 @@ Axes: B batch, L layers, H query heads, Hkv key heads, Q/K query/key positions, 
 T tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -252,6 +252,51 @@ def require_every_layer(model: PreTrainedModel, calls: int) -> None:
         )
 
 
+# Layers and heads
+
+
+class Head(NamedTuple):
+    """One attention head: `layer` and `index` count from 0, `index` counts *query* heads.
+
+    >>> from steerkit import Head
+    >>> str(Head(layer=2, index=3))
+    'L2H3'
+    """
+
+    layer: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"L{self.layer}H{self.index}"
+
+
+Heads = Iterable[tuple[int, int]] | Mapping[str, Iterable[int]]
+"""(layer, index) of each head, or the official head files' {"layer": [query heads]}."""
+
+
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The attention module of each layer: found by running one token, not by name."""
     return [call.module for call in trace_attention(model, torch.zeros(1, 1, dtype=torch.long))]
+
+
+def layer_and_head_counts(model: PreTrainedModel) -> tuple[int, int]:
+    """(L, H): layers, and query heads of each."""
+    config = model.config.get_text_config()
+    return config.num_hidden_layers, config.num_attention_heads
+
+
+def heads_by_layer(model: PreTrainedModel, heads: Heads | None) -> dict[int, list[int]]:
+    """{layer: its query heads} of `heads`, None for all; each head once, layers in order."""
+    L, H = layer_and_head_counts(model)
+    if heads is None:
+        return {layer: list(range(H)) for layer in range(L)}
+    if isinstance(heads, Mapping):
+        heads = [(int(layer), index) for layer, indices in heads.items() for index in indices]
+    chosen: dict[int, list[int]] = {}
+    for head in sorted({Head(*head) for head in heads}):
+        if not 0 <= head.layer < L:
+            raise ValueError(f"{head}: expected 0 <= layer < {L} layers")
+        if not 0 <= head.index < H:
+            raise ValueError(f"{head}: expected 0 <= index < {H} query heads")
+        chosen.setdefault(head.layer, []).append(head.index)
+    return chosen

@@ -7,15 +7,15 @@ Axes: L layers, H query heads, Q/K query/key positions, q the queries of one chu
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
-from itertools import product
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from steerkit.attention.record import WeightChunk, layer_and_head_counts, record_weights
+from steerkit.attention.hook import Heads, heads_by_layer, layer_and_head_counts
+from steerkit.attention.record import WeightChunk, record_weights
 from steerkit.attention.rope import rope_kinds
 from steerkit.chat import check_ids
 from steerkit.spans import span_mask
@@ -29,7 +29,7 @@ def attention_map(
     *,
     bins: int = 64,
     reduce: str = "max",
-    heads: Iterable[tuple[int, int]] | None = None,
+    heads: Heads | None = None,
     skip: int = 0,
 ) -> Tensor:
     """Attention of one text, ids (1,T), neighbouring tokens binned -> (bins, bins).
@@ -45,13 +45,16 @@ def attention_map(
     torch.Size([4, 4])
     """
     _check_text(model, ids)
-    _check_reduce(reduce)
     T = ids.shape[1]
+    if reduce not in ("max", "mean"):
+        raise ValueError(f'reduce={reduce!r}: expected "max" or "mean"')
     if not 1 <= bins <= T:
         raise ValueError(f"bins={bins}: expected 1 <= bins <= {T}, the number of tokens")
     if not 0 <= skip < T:
         raise ValueError(f"skip={skip}: expected 0 <= skip < {T}, the number of tokens")
-    chosen = _heads_by_layer(model, heads)
+    chosen = heads_by_layer(model, heads)
+    if not chosen:
+        raise ValueError("no heads: give at least one (layer, head), or None for all")
     bin_of = torch.arange(T) * bins // T
     cells = torch.zeros(bins, bins)
 
@@ -64,7 +67,8 @@ def attention_map(
         by_key = weights.new_zeros(len(weights), bins)  # (q,K) -> (q,bins) -> (bins,bins)
         by_key.scatter_reduce_(1, to_bin.expand(len(weights), T), weights, how)
         rows = to_bin[chunk.start : chunk.start + len(weights), None].expand_as(by_key)
-        cells = cells.to(weights.device).scatter_reduce(0, rows, by_key, how)
+        cells = cells.to(weights.device)
+        cells.scatter_reduce_(0, rows, by_key, how)
 
     record_weights(model, ids, record, layers=chosen)
     if reduce == "max":
@@ -147,57 +151,21 @@ def attention_received(
     queries: tuple[int, int],
     *,
     reduce: str = "max",
-    heads: Iterable[tuple[int, int]] | None = None,
+    heads: Heads | None = None,
 ) -> Tensor:
     """The "max" or "mean" weight that each token of ids (1,T) gets from some queries -> (T,).
 
-    `queries` is a range [start, end); `heads` are (layer, index), by default all.
+    `queries` is a range [start, end); `heads` are (layer, index), by default all. Holds (T,T): for
+    texts that a person reads.
     """
-    _check_text(model, ids)
-    _check_reduce(reduce)
     start, end = queries
-    if not 0 <= start < end <= ids.shape[1]:
-        raise ValueError(f"queries [{start}, {end}): expected 0 <= start < end <= {ids.shape[1]}")
-    chosen = _heads_by_layer(model, heads)
-    received = []
-
-    def record(chunk: WeightChunk) -> None:
-        first, last = (max(0, query - chunk.start) for query in queries)
-        weights = chunk.weights[0, chosen[chunk.layer], first:last]  # (heads,q,K)
-        if weights.shape[1]:
-            over_queries = weights.amax((0, 1)) if reduce == "max" else weights.sum((0, 1))
-            received.append(over_queries.cpu())
-
-    record_weights(model, ids, record, layers=chosen)
-    if reduce == "max":
-        return torch.stack(received).amax(0)
-    return torch.stack(received).sum(0) / ((end - start) * sum(map(len, chosen.values())))
+    if not 0 <= start < end <= ids.shape[-1]:
+        raise ValueError(f"queries [{start}, {end}): expected 0 <= start < end <= {ids.shape[-1]}")
+    weights = attention_map(model, ids, bins=ids.shape[-1], reduce=reduce, heads=heads)[start:end]
+    return weights.amax(0) if reduce == "max" else weights.mean(0)
 
 
 # What comes in
-
-
-def _heads_by_layer(
-    model: PreTrainedModel, heads: Iterable[tuple[int, int]] | None
-) -> dict[int, list[int]]:
-    """{layer: its query heads} of `heads`, or of the whole model."""
-    L, H = layer_and_head_counts(model)
-    chosen: dict[int, set[int]] = {}
-    for layer, head in product(range(L), range(H)) if heads is None else heads:
-        if not (0 <= layer < L and 0 <= head < H):
-            raise ValueError(
-                f"(layer, head) {(layer, head)}: expected 0 <= layer < {L} and 0 <= head < {H} "
-                "query heads"
-            )
-        chosen.setdefault(layer, set()).add(head)
-    if not chosen:
-        raise ValueError("no heads: give at least one (layer, head), or None for all")
-    return {layer: sorted(indices) for layer, indices in chosen.items()}
-
-
-def _check_reduce(reduce: str) -> None:
-    if reduce not in ("max", "mean"):
-        raise ValueError(f'reduce={reduce!r}: expected "max" or "mean"')
 
 
 def _check_text(model: PreTrainedModel, ids: Tensor) -> None:

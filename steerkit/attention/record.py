@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from steerkit.attention.hook import (
     AttentionCall,
     attach_recorder,
+    layer_and_head_counts,
     require_every_layer,
     use_attention_function,
 )
@@ -140,12 +141,6 @@ def attention_weights(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
     record_weights(model, ids, record)
     return weights
-
-
-def layer_and_head_counts(model: PreTrainedModel) -> tuple[int, int]:
-    """(L, H): layers, and query heads of each."""
-    config = model.config.get_text_config()
-    return config.num_hidden_layers, config.num_attention_heads
 
 
 def mean_weight_on_key(

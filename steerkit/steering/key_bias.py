@@ -39,19 +39,16 @@ def key_bias(
     *,
     inside: float = 0.0,
     outside: float = 0.0,
-    keep_sinks: int = 0,
     strength: Strength | None = None,
 ) -> Iterator[None]:
     """Bias the prompt's keys in `heads` (None: all) in every forward inside the `with`.
 
     Scores of the spans' keys get `inside` nats, scores of the prompt's other keys get `outside`.
-    Keys after the prompt get 0, and so do the first `keep_sinks` real tokens.
+    Keys after the prompt get 0.
     """
-    if keep_sinks < 0:
-        raise ValueError(f"keep_sinks={keep_sinks}: expected 0 or more first tokens")
     calls = hook.trace_attention(model, torch.zeros(1, 1, dtype=torch.long))
     chosen = heads_by_layer(model, heads)
-    prompt = PromptState(spans, inside, outside, keep_sinks)
+    prompt = PromptState(spans, inside, outside)
     # Without a bias every layer keeps its stock call, so that the result is bit-equal.
     chosen = chosen if inside or outside else {}
     # All layers get an edit, so that a second `with` is refused whichever heads it steers.
@@ -87,26 +84,25 @@ class PromptState:
     """Which cached keys belong to the prompt, through prefill, chunks, decoding and beams.
 
     Before each forward the state learns how many keys the cache holds (`seen`) and how many tokens
-    are `new`. A mask (B,T) states the prompt's length, P = T. Lists of spans do not: there the
-    first forward is taken for the whole prompt, P = seen + new, and T is the end of the last span.
+    are `new`. It must know the prompt's length P: keys from P on were generated and get no bias. A
+    mask (B,T) states it, P = T. Lists of spans do not, they only end at T; then the first forward
+    is taken for the whole prompt:
 
-        state     forward            what happens                             next state
-        -------   ----------------   --------------------------------------   ----------
-        empty     any                the prompt begins: make its bias (B,P)    prefill
-        prefill   seen < T           another chunk, or another prompt: make    prefill
-                                     the bias again (the padding is longer)
-        prefill   seen >= T          tokens after the prompt: bias as it was   decoding
-        decoding  seen >= T          the same                                  decoding
-        decoding  seen < T           another prompt: make its bias             prefill
+        state          forward      what it is                  next state
+        ------------   ----------   -------------------------   -----------------------
+        no prompt      any          the prompt                  prompt, P = seen + new
+        prompt of P    seen >= T    tokens after the prompt     prompt of P
+        prompt of P    seen < T     another prompt              prompt, P = seen + new
 
     Beams and samples: a batch of n * B repeats each prompt's bias n times. A sliding window holds
     the last K keys, so the first key of a forward need not be the prompt's first.
     """
 
-    def __init__(self, spans: Spans, inside: float, outside: float, keep_sinks: int) -> None:
+    def __init__(self, spans: Spans, inside: float, outside: float) -> None:
         self.spans, self.length_known = span_mask(spans)  # (B,T)
-        self.inside, self.outside, self.keep_sinks = inside, outside, keep_sinks
-        self.bias: Tensor | None = None  # (B,P), None in the state "empty"
+        self.inside, self.outside = inside, outside
+        T = self.spans.shape[1]
+        self.bias = self._bias_of_prompt(T) if self.length_known else None  # (B,P)
         self.seen: int | None = None  # None between forwards
         self.total = 0  # keys in the cache after the last forward
         self.current: dict[tuple[Any, ...], Tensor] = {}  # all layers of a forward share its bias
@@ -119,25 +115,46 @@ class PromptState:
                 f"a batch of {batch} rows, spans for {B} prompts: give spans for each prompt (rows "
                 "that continue the same prompt share them)"
             )
-        if self.length_known and total < T and seen and new == 1:  # decoding before the mask ends
-            raise ValueError(_mismatch(T, seen))
-        if not self.length_known and total < T:
+        if self.length_known:
+            if total < T and seen and new == 1:  # decoding, before the mask ends
+                raise ValueError(_mismatch(T, seen))
+        else:
+            self._find_end(seen, total)
+        if seen < T:
+            self._refuse_padding(attention_mask, batch // B)
+        self.seen, self.total = seen, total
+        self.current.clear()
+
+    def _find_end(self, seen: int, total: int) -> None:
+        T = self.spans.shape[1]
+        if total < T:
             raise ValueError(
                 f"a span ends at token {T}, past the end of a prompt of {total} tokens (a prompt "
                 "that comes in chunks takes its spans as a bool mask (B, T))"
             )
-        cache_changed = self.bias is not None and seen >= T and seen != self.total
-        if not self.length_known and cache_changed:
-            raise ValueError(
-                f"the cache holds {seen} keys, not the {self.total} read so far (assisted "
-                "decoding, a cache used twice), so where the prompt ends is unclear: give the "
-                "spans as a bool mask (B, T)"
-            )
         if self.bias is None or seen < T:
-            P = T if self.length_known else total
-            self.bias = self._bias_of_prompt(P, batch // B, attention_mask)
-        self.seen, self.total = seen, total
-        self.current.clear()
+            self.bias = self._bias_of_prompt(total)
+        elif seen != self.total:
+            raise ValueError(
+                f"the cache holds {seen} keys, not the {self.total} read so far (assisted decoding, "
+                "a cache used twice), so where the prompt ends is unclear: give the spans as a "
+                "bool mask (B, T)"
+            )
+
+    def _bias_of_prompt(self, P: int) -> Tensor:
+        spans = F.pad(self.spans, (0, P - self.spans.shape[1]))
+        return torch.where(spans, self.inside, self.outside)  # (B,P) float32
+
+    def _refuse_padding(self, attention_mask: object, repeats: int) -> None:
+        if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
+            return
+        real = attention_mask[::repeats, : self.spans.shape[1]].bool().cpu()
+        covered = self.spans[:, : real.shape[1]] & ~real
+        if rows := covered.any(dim=1).nonzero().flatten().tolist():
+            raise ValueError(
+                f"rows {rows}: a span covers padding; spans are positions in the padded prompt, "
+                "so add the padding on the left to them"
+            )
 
     def end_forward(self) -> None:
         """Between forwards a layer that is called by itself sees all keys it is given."""
@@ -148,25 +165,6 @@ class PromptState:
         T = self.spans.shape[1]
         if self.length_known and 0 < self.total < T:
             raise ValueError(_mismatch(T, self.total))
-
-    def _bias_of_prompt(self, P: int, repeats: int, attention_mask: object) -> Tensor:
-        """(B,P) float32; 0 for the first `keep_sinks` tokens that are not padding."""
-        B, T = self.spans.shape
-        real = torch.ones(B, P, dtype=torch.bool)
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            visible = attention_mask[::repeats, :P].bool().cpu()
-            real[:, : visible.shape[1]] = visible
-        elif attention_mask is not None and self.keep_sinks:
-            raise ValueError("keep_sinks needs the attention mask as (B, T), to tell padding")
-        if pads := (self.spans & ~real[:, :T]).any(dim=1).nonzero().flatten().tolist():
-            raise ValueError(
-                f"rows {pads}: a span covers padding; spans are positions in the padded prompt, "
-                "so add the padding on the left to them"
-            )
-        spans = F.pad(self.spans, (0, P - T))
-        bias = torch.where(spans, self.inside, self.outside)
-        sinks = real & (real.cumsum(dim=1) <= self.keep_sinks)
-        return bias.masked_fill(sinks, 0.0)
 
     def bias_of(self, call: AttentionCall) -> Tensor:
         """What is added to each key of this call: (B,K) float32."""

@@ -21,14 +21,11 @@ from steerkit.steering.key_bias import key_bias
 
 
 @contextmanager
-def emphasise(
-    model: Model, spans: Spans, heads: Heads, *, alpha: float = 0.01, keep_sinks: int = 0
-) -> Iterator[None]:
+def emphasise(model: Model, spans: Spans, heads: Heads, *, alpha: float = 0.01) -> Iterator[None]:
     """Steer `heads` towards `spans` in every forward and `generate` inside the `with`.
 
     Weights on prompt tokens outside the union of a row's spans are multiplied by `alpha`. Generated
-    tokens keep weight 1, as in the official code, and so do the first `keep_sinks` real tokens.
-    Rows made of one prompt (beams, several samples) share its spans.
+    tokens keep weight 1, as in the official code. Rows made of one prompt (beams, several samples) share its spans.
 
     `spans` are lists of (start, end), one list per prompt, and the first forward is taken for the
     prompt. Or a bool mask (B,T), which states the prompt's length: the prompt may then come in
@@ -51,7 +48,7 @@ def emphasise(
     'Clara lives in Lima.'
     """
     check_alpha(alpha)
-    with key_bias(model, spans, heads, outside=math.log(alpha), keep_sinks=keep_sinks):
+    with key_bias(model, spans, heads, outside=math.log(alpha)):
         yield
 
 

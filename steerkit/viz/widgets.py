@@ -15,8 +15,8 @@ from IPython.display import HTML, display
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from steerkit.attention.hook import layer_and_head_counts
 from steerkit.attention.maps import attention_map, attention_received, span_share
-from steerkit.attention.record import layer_and_head_counts
 from steerkit.chat import Message, check_ids, prompt_ids, reply
 from steerkit.spans import find_span, find_turns
 from steerkit.steering.pasta import emphasise
