@@ -136,9 +136,9 @@ class PromptState:
             self.bias = self._bias_of_prompt(total)
         elif seen != self.total:
             raise ValueError(
-                f"the cache holds {seen} keys, not the {self.total} read so far (assisted decoding, "
-                "a cache used twice), so where the prompt ends is unclear: give the spans as a "
-                "bool mask (B, T)"
+                f"the cache holds {seen} keys, not the {self.total} read so far (assisted "
+                "decoding, a cache used twice), so where the prompt ends is unclear: give the "
+                "spans as a bool mask (B, T)"
             )
 
     def _bias_of_prompt(self, P: int) -> Tensor:

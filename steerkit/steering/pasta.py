@@ -25,7 +25,8 @@ def emphasise(model: Model, spans: Spans, heads: Heads, *, alpha: float = 0.01) 
     """Steer `heads` towards `spans` in every forward and `generate` inside the `with`.
 
     Weights on prompt tokens outside the union of a row's spans are multiplied by `alpha`. Generated
-    tokens keep weight 1, as in the official code. Rows made of one prompt (beams, several samples) share its spans.
+    tokens keep weight 1, as in the official code. Rows made of one prompt (beams, several samples)
+    share its spans.
 
     `spans` are lists of (start, end), one list per prompt, and the first forward is taken for the
     prompt. Or a bool mask (B,T), which states the prompt's length: the prompt may then come in

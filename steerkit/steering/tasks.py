@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -222,10 +223,15 @@ def _cosine(a: Mapping[str, float], b: Mapping[str, float]) -> float:
 
 
 def marked(example: Example, mark: str = "*") -> Example:
-    """The span between two marks, asterisks or quotes."""
-    return _each(example, lambda m: _with_marks(m, example.span, mark))._replace(
-        span=f"{mark}{example.span}{mark}"
-    )
+    """The span between two marks, asterisks or quotes, where it stands last."""
+
+    def change(messages: Messages) -> Messages:
+        i = max(i for i, m in enumerate(messages) if example.span in m.content)
+        before, span, after = messages[i].content.rpartition(example.span)
+        new = messages[i]._replace(content=f"{before}{mark}{span}{mark}{after}")
+        return (*messages[:i], new, *messages[i + 1 :])
+
+    return _each(example, change)._replace(span=f"{mark}{example.span}{mark}")
 
 
 def few_shot(example: Example, shots: Sequence[Example]) -> Example:
@@ -233,11 +239,16 @@ def few_shot(example: Example, shots: Sequence[Example]) -> Example:
     their own first message, so that each shot shows its instruction."""
     history: list[Message] = []
     for shot in shots:
-        told = "".join(f"{m.content} " for m in shot.messages if m.role == "system")
-        asked = [m for m in shot.messages if m.role != "system"]
-        asked[0] = asked[0]._replace(content=told + asked[0].content)
-        history += [*asked, Message("assistant", shot.answer)]
-    return _each(example, lambda m: _after(m, history))
+        system, (first, *rest) = _split_system(shot.messages)
+        instruction = "".join(f"{m.content} " for m in system)
+        first = first._replace(content=instruction + first.content)
+        history += [first, *rest, Message("assistant", shot.answer)]
+
+    def change(messages: Messages) -> Messages:
+        system, rest = _split_system(messages)
+        return (*system, *history, *rest)
+
+    return _each(example, change)
 
 
 def prompted(examples: Sequence[Example], shots: Sequence[Example]) -> dict[str, list[Example]]:
@@ -256,19 +267,10 @@ def _each(example: Example, change: Callable[[Messages], Messages]) -> Example:
     return example._replace(messages=change(example.messages), paraphrases=paraphrases)
 
 
-def _after(messages: Messages, history: Sequence[Message]) -> Messages:
-    first = [m for m in messages if m.role == "system"]
-    return (*first, *history, *(m for m in messages if m.role != "system"))
-
-
-def _with_marks(messages: Messages, span: str, mark: str) -> Messages:
-    """The last message that holds the span, with marks around it."""
-    for i in reversed(range(len(messages))):
-        before, found, after = messages[i].content.rpartition(span)
-        if found:
-            new = messages[i]._replace(content=f"{before}{mark}{span}{mark}{after}")
-            return (*messages[:i], new, *messages[i + 1 :])
-    raise ValueError(f"span {span!r} is not in the prompt {messages[-1].content[:60]!r}")
+def _split_system(messages: Messages) -> tuple[list[Message], list[Message]]:
+    """System messages, and the others."""
+    system = [m for m in messages if m.role == "system"]
+    return system, [m for m in messages if m.role != "system"]
 
 
 # --- a model on examples -----------------------------------------------------------------------
@@ -368,31 +370,33 @@ def _preferred(
     One forward over the prompts, padded on the left, and the answers up to the value, padded on the
     right. So all prompts end at the same token, and what follows is treated as generated.
     """
-    before = [e.answer[: e.answer.rindex(e.value)].rstrip() for e in examples]
-    before = [_plain_ids(tokenizer, text) for text in before]
-    longest = max(map(len, before))
-    after = torch.tensor([ids + [0] * (longest - len(ids)) for ids in before], dtype=torch.long)
-    real = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in before])
-    T = prompts.inputs["input_ids"].shape[1]
-    ids = torch.cat([prompts.inputs["input_ids"], after], dim=1)
-    mask = torch.cat([prompts.inputs["attention_mask"], real.long()], dim=1)
-    spans = torch.zeros(len(examples), T, dtype=torch.bool)  # as a mask: it ends where prompts end
-    for row, e in enumerate(examples if steer else ()):
-        start, end = _span(tokenizer, e)
-        spans[row, prompts.padding[row] + start : prompts.padding[row] + end] = True
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    texts = [e.answer[: e.answer.rindex(e.value)].rstrip() for e in examples]
+    before = [torch.tensor(_plain_ids(tokenizer, x), dtype=torch.long) for x in texts]
+    after = pad_sequence(before, batch_first=True)
+    real = pad_sequence([torch.ones_like(x) for x in before], batch_first=True)
+    prompt_ids, prompt_mask = prompts.inputs["input_ids"], prompts.inputs["attention_mask"]
+    mask = torch.cat([prompt_mask, real], dim=1)
+    inputs = {
+        "input_ids": torch.cat([prompt_ids, after], dim=1),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+    }
     inputs = {name: x.to(model.device) for name, x in inputs.items()}
-    with steer(model, spans) if steer else nullcontext():
-        logits = model(**inputs, use_cache=False, logits_to_keep=longest + 1).logits.cpu()
-    first = [[_first_token(tokenizer, e, c) for c in e.candidates] for e in examples]
-    values = [e.candidates.index(e.value) for e in examples]
-    return torch.tensor(
-        [
-            float(logits[row, len(before[row]), first[row]].argmax() == values[row])
-            for row in range(len(examples))
-        ]
-    )
+    context = nullcontext()
+    if steer:
+        spans = torch.zeros_like(prompt_ids, dtype=torch.bool)  # a mask, which ends with the prompt
+        for row, (e, padding) in enumerate(zip(examples, prompts.padding, strict=True)):
+            start, end = _span(tokenizer, e)
+            spans[row, padding + start : padding + end] = True
+        context = steer(model, spans)
+    with context:
+        logits = model(**inputs, use_cache=False, logits_to_keep=after.shape[1] + 1).logits.cpu()
+    preferred = torch.zeros(len(examples))
+    for row, e in enumerate(examples):
+        first = [_first_token(tokenizer, e, candidate) for candidate in e.candidates]
+        best = int(logits[row, len(before[row]), first].argmax())
+        preferred[row] = e.candidates[best] == e.value
+    return preferred
 
 
 def _first_token(tokenizer: Tokenizer, example: Example, word: str) -> int:
