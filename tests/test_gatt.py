@@ -256,21 +256,19 @@ def test_adherence_of_the_models_own_dialogue(tiny):
 
 
 @pytest.mark.parametrize("forced", [tiny_gatt.neutral, tiny_gatt.competing])
-def test_a_forced_history_is_what_the_model_reads(tiny, forced):
-    plans = [plan_of(seed, turns=2) for seed in range(4)]
-    measured = adherence_by_turn(*tiny, plans, forced=forced)
-    histories = [
-        [
-            Message("user", p.message(0, every=False)),
-            Message("assistant", forced(p, 0)),
-            Message("user", p.message(1, every=False)),
-        ]
-        for p in plans
-    ]
-    assert [texts[1] for texts in measured.replies] == reply(*tiny, histories)
-    plan, (mine,) = plans[0], plans[0].constraints
+def test_a_forced_history_is_what_the_model_reads(tiny, monkeypatch, forced):
+    """The model's own reply is judged, and then replaced."""
+    plan, read = plan_of(turns=2), []
+
+    def record(_, dialogues, **__):
+        read.append([m.content for m in dialogues[0]])
+        return ["Its own."]
+
+    monkeypatch.setattr(BatchedChat, "reply", record)
+    assert adherence_by_turn(*tiny, [plan], forced=forced).replies == [["Its own."] * 2]
+    text, (mine,) = forced(plan, 0), plan.constraints
+    assert read[1] == [plan.message(0, every=False), text, plan.message(1, every=False)]
     rivals = [Constraint("hobby", v) for v in values("hobby") if v != mine.value]
-    text = forced(plan, 0)
     assert plan.right(0, text) and not mine.obeyed(text)
     assert sum(c.obeyed(text) for c in rivals) == (forced is tiny_gatt.competing)
 

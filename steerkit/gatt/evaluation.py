@@ -67,7 +67,6 @@ def adherence_by_turn(
         chat = BatchedChat(model, tokenizer)
         played = _play(
             partial(chat.reply, max_new_tokens=max_new_tokens),
-            chat.select,
             plans[start : start + batch],
             every=every,
             forced=forced,
@@ -91,7 +90,6 @@ def _ragged(rows: Sequence[Sequence[bool] | Tensor]) -> Tensor:
 
 def _play(
     answer: Answer,
-    select: Callable[[list[int]], None],
     plans: Sequence[Plan],
     *,
     every: bool,
@@ -102,12 +100,8 @@ def _play(
     dialogues: list[list[Message]] = [[] for _ in plans]
     replies: list[list[str]] = [[] for _ in plans]
     recalled = [torch.full((len(plan.questions),), torch.nan) for plan in plans]
-    active = list(range(len(plans)))
     for turn in range(max(len(plan.questions) for plan in plans)):
-        going_on = [i for i in active if turn < len(plans[i].questions)]
-        if going_on != active:
-            select([active.index(i) for i in going_on])
-            active = going_on
+        active = [i for i, plan in enumerate(plans) if turn < len(plan.questions)]
         if turn + 1 in probe_turns:
             asked = [(plans[i], dialogues[i]) for i in active]
             for i, score in zip(active, _recall(answer, asked, turn, every), strict=True):
