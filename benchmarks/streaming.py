@@ -193,7 +193,7 @@ def same_losses(model: PreTrainedModel, ids: Tensor) -> Row:
 
 def figure10(model: PreTrainedModel, size: int, repeats: int) -> Row:
     """Milliseconds to decode one token with `size` tokens in sight."""
-    ms = {p.method: p.milliseconds for p in decode_pace(model, cache=size, repeats=repeats)}
+    ms = decode_pace(model, cache=size, repeats=repeats)
     how = f"{ms['re-computation']:.1f} -> {ms['streaming']:.2f} ms/token, dense {ms['dense']:.2f}"
     what = f"re-computation / streaming, {size} tokens"
     return Row(what, ms["re-computation"] / ms["streaming"], how=how)

@@ -623,10 +623,7 @@ def test_interleaved_steps_take_turns_and_report_medians(monkeypatch: pytest.Mon
     assert "".join(order) == "abababab"
 
 
-def test_pace_counts_the_keys_and_values_in_sight(llama: PreTrainedModel) -> None:
-    pace = {p.method: p for p in decode_pace(llama, cache=40, sinks=4, repeats=1)}
-    per_token = 2 * 2 * 2 * 8 * 4 / 2**20  # layers, keys and values, heads, D, bytes
-    assert pace["dense"].megabytes == pytest.approx(40 * per_token)
-    assert pace["streaming"].megabytes == pytest.approx((41 + 4 / 2) * per_token)
-    assert pace["re-computation"].megabytes == 0
-    assert all(p.milliseconds > 0 and p.cache == 40 for p in pace.values())
+def test_pace_is_measured_for_three_ways_to_decode(llama: PreTrainedModel) -> None:
+    milliseconds = decode_pace(llama, cache=40, sinks=4, repeats=1)
+    assert set(milliseconds) == {"dense", "re-computation", "streaming"}
+    assert all(value > 0 for value in milliseconds.values())

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from steerkit.files import write_bytes, write_text
 from steerkit.streaming import backcopy
 
+LOG_EVERY = 50  # steps
+
 
 def store_run(name: str, seed: int, out: Path) -> None:
     """Train RUNS[name] into out/<name>-seed<seed>/."""
@@ -31,8 +33,12 @@ def store_run(name: str, seed: int, out: Path) -> None:
 
     model = backcopy.new_model(recipe)
     with backcopy.architecture(recipe, model):
-        log = backcopy.train(model, recipe, recipe.steps, store)
-    write_text(folder / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
+        losses = backcopy.train(model, recipe, recipe.steps, store)
+    log = ""
+    for first in range(0, recipe.steps, LOG_EVERY):
+        mean = losses[first : first + LOG_EVERY].mean().item()
+        log += json.dumps({"step": first + LOG_EVERY, "loss": mean}) + "\n"
+    write_text(folder / "log.jsonl", log)
 
 
 def main() -> None:

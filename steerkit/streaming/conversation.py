@@ -27,6 +27,7 @@ def most_likely(logits: Tensor) -> int:
     return int(logits.argmax())
 
 
+@torch.no_grad()
 def stream_chat(
     model: PreTrainedModel,
     tokenizer: Tokenizer,
@@ -58,34 +59,21 @@ def stream_chat(
         raise ValueError(f"messages={messages[:40]!r}: expected several texts; put it into a list")
     first, later = _template_around(tokenizer, system)
     cache = SinkCache(model, sinks=sinks, window=window)
-    stops = stop_ids(model, tokenizer)
-    unread: list[int] = []  # the last token of a reply cut short: the model has not read it yet
+    stops = set(stop_ids(model, tokenizer))
+    unread: list[int] = []
     for number, message in enumerate(messages):
         before, after = later if number else first
-        new = tokenizer(before + message + after, add_special_tokens=False).input_ids
-        reply = _decode(model, cache, unread + new, max_new_tokens, stops, choose)
-        ended = reply[-1] in stops
-        reply, unread = (reply[:-1], []) if ended else (reply, reply[-1:])
+        unread += tokenizer(before + message + after, add_special_tokens=False).input_ids
+        reply: list[int] = []
+        while len(reply) < max_new_tokens and not stops.intersection(reply[-1:]):
+            inputs = torch.tensor([unread], device=model.device)
+            logits = model(input_ids=inputs, past_key_values=cache, **last_only(model)).logits
+            reply.append(choose(logits[0, -1]))
+            unread = reply[-1:]
+        if reply[-1] in stops:  # the template writes the end of a reply itself
+            reply, unread = reply[:-1], []
         text = tokenizer.decode(reply, skip_special_tokens=True)
-        yield StreamReply(text, reply, cache.seen, min(cache.seen, sinks + window + 1))
-
-
-@torch.no_grad()
-def _decode(
-    model: PreTrainedModel,
-    cache: SinkCache,
-    ids: list[int],
-    limit: int,
-    stops: list[int],
-    choose: Callable[[Tensor], int],
-) -> list[int]:
-    """Read `ids`, then choose up to `limit` tokens; the last one is not read."""
-    reply: list[int] = []
-    while len(reply) < limit and not (reply and reply[-1] in stops):
-        inputs = torch.tensor([reply[-1:] or ids], device=model.device)
-        output = model(input_ids=inputs, past_key_values=cache, use_cache=True, **last_only(model))
-        reply.append(choose(output.logits[0, -1]))
-    return reply
+        yield StreamReply(text, reply, cache.seen, min(cache.seen, cache.state.capacity))
 
 
 def _template_around(

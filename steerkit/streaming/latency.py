@@ -8,7 +8,6 @@ it waited for others. Trust the ratios more than the milliseconds.
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -41,20 +40,11 @@ def _now() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-class Pace(NamedTuple):
-    """One point of Figure 10: time to decode a token, and the keys and values it needs."""
-
-    method: str
-    cache: int
-    milliseconds: float
-    megabytes: float
-
-
 @torch.no_grad()
 def decode_pace(
     model: PreTrainedModel, *, cache: int, sinks: int = 4, repeats: int = 15, seed: int = 0
-) -> list[Pace]:
-    """Pace of dense, re-computation and streaming decoding with `cache` tokens in sight (batch 1).
+) -> dict[str, float]:
+    """Milliseconds to decode a token, by method, with `cache` tokens in sight (batch 1).
 
     Streaming keeps `sinks` + (`cache` - `sinks`) keys. Dense has just as many at first and grows:
     its time is that of this length. Re-computation reads the last `cache` tokens anew.
@@ -75,7 +65,5 @@ def decode_pace(
         "re-computation": lambda: model(ids, use_cache=False, **last_only(model)),
         "streaming": lambda: model(ids[:, :1], past_key_values=streaming),
     }
-    dense_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in dense.layers)
-    stored = {"dense": dense_bytes, "re-computation": 0, "streaming": streaming.nbytes}
     seconds = interleaved(steps, repeats=repeats)
-    return [Pace(name, cache, 1e3 * seconds[name], stored[name] / 2**20) for name in steps]
+    return {name: 1e3 * value for name, value in seconds.items()}
