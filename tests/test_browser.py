@@ -11,29 +11,22 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 
-from steerkit.files import ROOT
+from steerkit.files import NOTEBOOKS, ROOT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NAME = "02_attention_heatmaps"
 MINUTES = 10  # for all cells, in the smoke profile, on a machine that does other things too
 SCREENSHOT = ROOT / "runs" / "browser" / f"{NAME}.png"
-QUIET = (  # in a closed network each of these would fail, loudly
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-)
+# In a closed network each of these would fail, loudly.
+OFF = ("gpu", "quic", "background-networking", "component-update", "sync")
 SETTINGS = {  # no questions to the network, and cells beyond the screen are on the page too
     "apputils-extension/notification": {"checkForUpdates": False, "fetchNews": "false"},
     "notebook-extension/tracker": {"windowingMode": "none"},
@@ -49,12 +42,12 @@ pytestmark = [
 @pytest.fixture
 def notebook(tmp_path: Path) -> Path:
     """A folder with the notebook in its smoke profile and without outputs."""
-    source = nbformat.read(ROOT / "notebooks" / f"{NAME}.ipynb", as_version=4)
+    source = nbformat.read(NOTEBOOKS / f"{NAME}.ipynb", as_version=4)
     for cell in source.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
             cell.source = cell.source.replace('PROFILE: str = "cpu"', 'PROFILE: str = "smoke"')
-    assert any('PROFILE: str = "smoke"' in cell.source for cell in source.cells)
+    assert 'PROFILE: str = "smoke"' in "".join(cell.source for cell in source.cells)
     path = tmp_path / "notebooks" / f"{NAME}.ipynb"
     path.parent.mkdir()
     nbformat.write(source, path)
@@ -71,59 +64,46 @@ def lab(notebook: Path, tmp_path: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    kinds = ("JUPYTER_CONFIG", "JUPYTER_DATA", "JUPYTER_RUNTIME", "JUPYTERLAB_WORKSPACES")
+    folders = {f"{kind}_DIR": str(tmp_path / kind.lower()) for kind in kinds}
+    folders["JUPYTERLAB_SETTINGS_DIR"] = str(tmp_path / "settings")
     token = secrets.token_hex(16)
-    places = {
-        f"JUPYTER_{kind}_DIR": str(tmp_path / kind.lower())
-        for kind in ("CONFIG", "DATA", "RUNTIME")
-    }
-    places |= {
-        "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings"),
-        "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"),
-        "STEERKIT_RUNS": str(tmp_path / "runs"),
-    }
     command = [
         *(sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root"),
         *("--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"),
         *(f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={notebook.parent}"),
     ]
-    log = (tmp_path / "lab.log").open("w")
-    server = subprocess.Popen(command, env=os.environ | places, stdout=log, stderr=log)
-    try:
-        _wait_for(f"http://127.0.0.1:{port}/api", server, tmp_path / "lab.log")
-        yield f"http://127.0.0.1:{port}/lab/tree/{notebook.name}?token={token}"
-    finally:
-        server.terminate()
-        server.wait(30)
-        log.close()
-
-
-def _wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
-    end = time.monotonic() + 120
-    while time.monotonic() < end and server.poll() is None:
+    with (tmp_path / "lab.log").open("w+") as log:
+        server = subprocess.Popen(command, env=os.environ | folders, stdout=log, stderr=log)
         try:
-            urllib.request.urlopen(url, timeout=5)
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    raise AssertionError(f"JupyterLab did not start:\n{log.read_text()[-3000:]}")
+            url = f"http://127.0.0.1:{port}"
+            _until(lambda: _answers(f"{url}/api"), 120, Path(log.name).read_text)
+            yield f"{url}/lab/tree/{notebook.name}?token={token}"
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return urllib.request.urlopen(url, timeout=5).status == 200
+    except OSError:
+        return False
 
 
 @pytest.fixture
-def page(tmp_path: Path) -> Iterator[Any]:
-    """A page of headless Chromium; `page.said` collects console errors and exceptions."""
+def page() -> Iterator[Any]:
+    """A page of headless Chromium; `page.errors` collects console errors and exceptions."""
     driver = pytest.importorskip("playwright.sync_api", reason="pip install -e .[browser]")
+    switches = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in OFF)]
     with driver.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=[*QUIET, "--no-sandbox"], chromium_sandbox=False
-        )
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=switches)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.said = []
-        page.on("console", lambda m: page.said.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error: page.said.append(str(error)))
-        try:
-            yield page
-        finally:
-            browser.close()
+        page.errors = []
+        page.on("console", lambda m: page.errors.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        yield page
+        browser.close()
 
 
 def test_notebook_02_runs_and_its_explorer_redraws(page: Any, lab: str) -> None:
@@ -152,15 +132,15 @@ def test_notebook_02_runs_and_its_explorer_redraws(page: Any, lab: str) -> None:
 
     assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
     assert page.locator('.jp-OutputArea-output [role="alert"]').count() == 0
-    assert page.said == []
+    assert page.errors == []
 
 
 def _all_run(prompts: list[str]) -> bool:
     return len(prompts) > 10 and all(p.strip("[]: ").isdigit() for p in prompts)
 
 
-def _until(done: Any, seconds: float, state: Any) -> None:
+def _until(done: Callable[[], bool], seconds: float, state: Callable[[], Any]) -> None:
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end, state()
-        time.sleep(1)
+        time.sleep(0.5)
