@@ -493,18 +493,6 @@ def test_an_exception_leaves_the_model_as_found(fail: str, message: str) -> None
     assert torch.equal(model(ids).logits, wanted)
 
 
-@torch.no_grad()
-def test_a_layer_called_by_itself_is_steered_as_in_the_model(llama: PreTrainedModel) -> None:
-    layer, ids, calls = llama.model.layers[0], tokens(2, 40), []
-    handle = layer.register_forward_hook(lambda *call: calls.append(call[1:]), with_kwargs=True)
-    with emphasise(llama, SPANS, HEADS):
-        llama(ids, use_cache=False)
-        handle.remove()
-        llama.generate(ids, **NEW)
-        args, options, wanted = calls[-1]
-        assert torch.equal(layer(*args, **options), wanted)
-
-
 @pytest.mark.parametrize(("heads", "alpha"), [([Head(0, 0)], 0.01), ([Head(0, 0)], 1), ([], 0.01)])
 def test_nesting_is_refused_whatever_the_heads(
     llama: PreTrainedModel, heads: list[Head], alpha: float

@@ -272,10 +272,10 @@ def test_evaluate_gives_one_number_per_example_and_score(tiny):
     model, tokenizer = tiny
     task = TASKS["counterfact"]
     found = evaluate(model, tokenizer, task, task.examples(3, seed=0, conflict=False))
-    assert {k: len(v) for k, v in found.scores.items()} == dict.fromkeys(
+    assert {k: len(v) for k, v in found.items()} == dict.fromkeys(
         ["strict", "value", "kept", "fluency", "consistency", "ES", "PS"], 3
     )
-    assert found.scores["strict"].tolist() == [1, 1, 1]
+    assert found["strict"].tolist() == [1, 1, 1]
 
 
 def test_paraphrases_are_asked_for_by_name(tiny):
@@ -351,7 +351,7 @@ def test_counterfactuals_become_examples(tiny):
     assert fact.candidates == ("English", "French")
     assert len(fact.paraphrases) == 2
     measured = evaluate(*tiny, task, [fact], max_new_tokens=2)  # runs on any chat model
-    assert measured.scores["PS"].item() in (0, 0.5, 1)
+    assert measured["PS"].item() in (0, 0.5, 1)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_counterfactuals_become_examples(tiny):
         ("counterfact", "b.jsonl", '{"raw": "x"}', "no column 'requested_rewrite'"),
         ("json", "b.jsonl", '{"raw": "x", "na', "cannot be read as jsonl"),
         ("json", "b.csv", "raw,title,name\n", "cannot be read as csv .*no data"),
-        ("json", "b.txt", "hello", "expected a .json, .jsonl or .csv file"),
+        ("json", "b.txt", "hello", "not a .json, .jsonl or .csv file"),
         ("json", "absent.json", None, "no such file"),
     ],
 )

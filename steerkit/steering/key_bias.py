@@ -12,7 +12,7 @@ P prompt tokens.
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -103,8 +103,7 @@ class PromptState:
         self.inside, self.outside = inside, outside
         T = self.spans.shape[1]
         self.bias = self._bias_of_prompt(T) if self.length_known else None  # (B,P)
-        self.seen: int | None = None  # None between forwards
-        self.total = 0  # keys in the cache after the last forward
+        self.total = 0  # keys in the cache after the running forward, or the last one
         self.current: dict[tuple[Any, ...], Tensor] = {}  # all layers of a forward share its bias
 
     def begin_forward(self, seen: int, batch: int, new: int, attention_mask: object) -> None:
@@ -122,7 +121,7 @@ class PromptState:
             self._find_end(seen, total)
         if seen < T:
             self._refuse_padding(attention_mask, batch // B)
-        self.seen, self.total = seen, total
+        self.total = total
         self.current.clear()
 
     def _find_end(self, seen: int, total: int) -> None:
@@ -156,10 +155,6 @@ class PromptState:
                 "so add the padding on the left to them"
             )
 
-    def end_forward(self) -> None:
-        """Between forwards a layer that is called by itself sees all keys it is given."""
-        self.seen = None
-
     def check_complete(self) -> None:
         """ValueError for a mask that is longer than the prompt: it was made for another one."""
         T = self.spans.shape[1]
@@ -172,8 +167,7 @@ class PromptState:
         key = (B, Q, K, call.key.device)
         if key not in self.current:
             assert self.bias is not None  # begin_forward came first
-            seen = K - Q if self.seen is None else self.seen
-            first_key = max(0, seen + Q - K)  # a sliding window has dropped those before it
+            first_key = max(0, self.total - K)  # a sliding window has dropped those before it
             bias = self.bias.to(call.key.device).repeat_interleave(B // len(self.bias), dim=0)
             bias = bias[:, first_key : first_key + K]
             self.current[key] = F.pad(bias, (0, K - bias.shape[1]))
@@ -198,18 +192,16 @@ def track_prompt(model: Model, prompt: PromptState) -> Iterator[None]:
         seen = 0 if cache is None else int(cache.get_seq_length())
         prompt.begin_forward(seen, *tokens.shape[:2], inputs.get("attention_mask"))
 
-    def after(*_: object) -> None:
-        prompt.end_forward()
-
-    with ExitStack() as stack:
-        for hook in (
-            decoder.register_forward_pre_hook(before, with_kwargs=True),
-            decoder.register_forward_hook(after, always_call=True),
-            # Before the hooks of the cache itself, whose complaint would say less.
-            model.register_forward_pre_hook(_refuse_eviction, with_kwargs=True, prepend=True),
-        ):
-            stack.callback(hook.remove)
+    handles = [
+        decoder.register_forward_pre_hook(before, with_kwargs=True),
+        # Before the hooks of the cache itself, whose complaint would say less.
+        model.register_forward_pre_hook(_refuse_eviction, with_kwargs=True, prepend=True),
+    ]
+    try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _refuse_eviction(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -15,7 +15,6 @@ from steerkit.chat import Message
 from steerkit.steering.tasks import Example, Task, exact, first_words
 
 Record = Mapping[str, Any]
-_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv"}
 
 
 def load_task(
@@ -27,18 +26,18 @@ def load_task(
     `datasets.Dataset`; its `rename_columns` serves data whose columns have other names. The answer
     of Pronouns Changing is not in the data.
     """
-    if task.name not in _MAKE:
-        raise ValueError(f"task {task.name!r}: expected one of {', '.join(_MAKE)}")
-    make, columns = _MAKE[task.name]
-    records = list(_read(Path(source)) if isinstance(source, (str, Path)) else source)[:n]
+    if isinstance(source, (str, Path)):
+        source = _read(Path(source))
+    records = list(source)[:n]
     if not records:
         raise ValueError(f"no records for task {task.name}: give at least one")
-    if missing := [column for column in columns if column not in records[0]]:
+    try:
+        examples = [_EXAMPLE[task.name](record) for record in records]
+    except KeyError as error:
         raise ValueError(
-            f"no column {missing[0]!r} for task {task.name}, there are {sorted(records[0])}: use "
+            f"no column {error} for task {task.name}, there are {sorted(records[0])}: use "
             "Dataset.rename_columns of `datasets`"
-        )
-    examples = [make(record) for record in records]
+        ) from error
     if task.name == "biasbios":
         occupations = tuple(sorted({example.value for example in examples}))
         examples = [example._replace(candidates=occupations) for example in examples]
@@ -47,15 +46,14 @@ def load_task(
 
 
 def _read(path: Path) -> Iterable[Record]:
-    if path.suffix not in _FORMATS:
-        raise ValueError(f"{path}: expected a .json, .jsonl or .csv file")
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    formats = {".json": "json", ".jsonl": "json", ".csv": "csv"}
+    if path.suffix not in formats or not path.is_file():
+        raise ValueError(f"{path}: no such file, or not a .json, .jsonl or .csv file")
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     try:
-        return load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+        return load_dataset(formats[path.suffix], data_files=str(path), split="train")
     except (ValueError, DatasetGenerationError) as error:
         raise ValueError(f"{path}: cannot be read as {path.suffix[1:]} ({error})") from error
 
@@ -102,10 +100,9 @@ def _counterfact(record: Record) -> Example:
     return Example(first, span, new, new, candidates=(new, old), paraphrases=tuple(others))
 
 
-_BIOS = ("raw", "title", "name")
-_MAKE: dict[str, tuple[Callable[[Record], Example], tuple[str, ...]]] = {
-    "json": (_json, _BIOS),
-    "pronouns": (_pronouns, _BIOS),
-    "biasbios": (_biography, _BIOS),
-    "counterfact": (_counterfact, ("requested_rewrite", "paraphrase_prompts")),
+_EXAMPLE: dict[str, Callable[[Record], Example]] = {
+    "json": _json,
+    "pronouns": _pronouns,
+    "biasbios": _biography,
+    "counterfact": _counterfact,
 }

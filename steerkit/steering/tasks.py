@@ -276,13 +276,6 @@ def _split_system(messages: Messages) -> tuple[list[Message], list[Message]]:
 # --- a model on examples -----------------------------------------------------------------------
 
 
-class Measured(NamedTuple):
-    """The replies, and for each score its (n,) values."""
-
-    replies: list[str]
-    scores: dict[str, Tensor]
-
-
 def evaluate(
     model: Model,
     tokenizer: Tokenizer,
@@ -293,8 +286,8 @@ def evaluate(
     max_new_tokens: int = 48,
     batch: int = 64,
     probabilities: bool = True,
-) -> Measured:
-    """Greedy replies and all scores: "strict", the paper's, "kept", "fluency" (bits),
+) -> dict[str, Tensor]:
+    """All scores of greedy replies, (n,) each: "strict", the paper's, "kept", "fluency" (bits),
     "consistency". Without `probabilities` those that compare candidates are left out."""
     options = {"max_new_tokens": max_new_tokens, "batch": batch}
     replies = generate(model, tokenizer, examples, steer=steer, **options)
@@ -307,7 +300,7 @@ def evaluate(
     for name, paraphrased in task.compare.items() if probabilities else ():
         options = {"paraphrased": paraphrased, "steer": steer, "batch": batch}
         measured[name] = compare(model, tokenizer, examples, **options)
-    return Measured(replies, measured)
+    return measured
 
 
 def generate(
