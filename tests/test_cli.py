@@ -166,11 +166,12 @@ def test_a_killed_run_keeps_what_was_done(root: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "07"], "starts with '07'; there are 01_good"),
+        (["--only", "07"], "starts with '07'; there are 01_good, 02_plain"),
         (["-p", "TEXT", "x"], "01_good has no parameter TEXT; it has PROFILE, N"),
         (["-p", "N", "many"], "-p N many: expected int, like 2"),
         (["-p", "N", "2.5"], "-p N 2.5: expected int, like 2"),
         (["--store", "-p", "N", "3"], "--store commits a profile's default run"),
+        (["--only", "02"], "02_plain has no parameter PROFILE; it has none: tag a cell"),
     ],
 )
 def test_wrong_requests_are_refused_before_anything_runs(
@@ -181,23 +182,12 @@ def test_wrong_requests_are_refused_before_anything_runs(
     message: str,
 ) -> None:
     make_notebook("01_good", [claim("01_good")])
+    make_notebook("02_plain", [], parameters="")
+    if "--only" not in arguments:
+        arguments += ["--only", "01"]
     assert cli.main(["run", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (root / "runs").exists()
-
-
-def test_unknown_profiles_and_commands_are_refused() -> None:
-    for arguments in (["run", "--profile", "huge"], ["fly"], []):
-        with pytest.raises(SystemExit, match="2"):
-            cli.main(arguments)
-
-
-def test_a_notebook_without_parameters_cell_is_named(root: Path) -> None:
-    path = root / "01.ipynb"
-    kernel = {"name": "python3", "language": "python", "display_name": "Python 3"}
-    nbformat.write(nbformat.v4.new_notebook(metadata={"kernelspec": kernel}), path)
-    with pytest.raises(ValueError, match="no parameter PROFILE; it has none: tag a cell"):
-        runner.overrides(path, "cpu")
 
 
 def test_parameters_keep_their_type_and_defaults_are_not_injected(
