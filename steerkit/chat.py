@@ -96,8 +96,8 @@ def template_pieces(tokenizer: Tokenizer, dialogue: Dialogue, *, opened: bool = 
         before, shown, rest = rest.partition(mark)
         if not shown or mark in rest:
             raise ValueError(
-                f"message {n}: the chat template does not show {messages[n].content[:60]!r} once "
-                "and in its place; look for a phrase instead"
+                f"the chat template does not show message {n} once and in its place; set a plain "
+                "one (tokenizer.chat_template = chat.CHATML, or your own)"
             )
         pieces.append(before)
     return [*pieces, rest]

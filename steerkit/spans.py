@@ -2,7 +2,7 @@
 
 A span is a pair [start, end) of token positions in its prompt. A dialogue is rendered by the
 tokenizer's chat template, open for the next reply. The span of a phrase is checked: its tokens,
-decoded, read as it does. `encode` pads a batch on the left and moves its spans.
+decoded, read as it does.
 """
 
 import re
@@ -12,40 +12,24 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import BatchEncoding
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from steerkit.chat import (
-    Dialogue,
-    Message,
-    Prompt,
-    as_messages,
-    pad_left,
-    prompt_ids,
-    template_pieces,
-    template_text,
-)
+from steerkit.chat import Dialogue, Prompt, as_messages, template_text
 
 Span = tuple[int, int]
 Spans = Tensor | Sequence[Sequence[Span]]
 """A bool mask (B,T), True = in a span, or for each prompt of the batch its list of spans.
 Positions count a batch's left padding."""
 
-# --- phrases and messages ----------------------------------------------------------------------
+# --- phrases -----------------------------------------------------------------------------------
 
 
 def find_span(
-    tokenizer: Tokenizer,
-    prompt: Prompt,
-    phrase: str,
-    *,
-    occurrence: int | None = None,
-    message: int | None = None,
+    tokenizer: Tokenizer, prompt: Prompt, phrase: str, *, occurrence: int | None = None
 ) -> Span:
     """Tokens [start, end) of `phrase`, which must stand in the prompt once.
 
-    Otherwise `occurrence` says which one, from 0; -1 is the last. `message` looks in one message
-    only (from 0, negative from the end).
+    Otherwise `occurrence` says which one, from 0; -1 is the last.
 
     >>> from steerkit import find_span, load
     >>> _, tokenizer = load("tiny")
@@ -54,7 +38,7 @@ def find_span(
     >>> tokenizer.decode(tokenizer(prompt)["input_ids"][start:end]).strip()
     'Hobby: chess.'
     """
-    spans = find_spans(tokenizer, prompt, phrase, message=message)
+    spans = find_spans(tokenizer, prompt, phrase)
     if occurrence is None and len(spans) > 1:
         raise ValueError(
             f"{phrase!r} stands in the prompt {len(spans)} times: choose one by occurrence=0 to "
@@ -68,13 +52,7 @@ def find_span(
     return spans[occurrence]
 
 
-def find_spans(
-    tokenizer: Tokenizer,
-    prompt: Prompt,
-    phrase: str,
-    *,
-    message: int | None = None,
-) -> list[Span]:
+def find_spans(tokenizer: Tokenizer, prompt: Prompt, phrase: str) -> list[Span]:
     """Tokens [start, end) of every occurrence of `phrase`, at least one.
 
     What only looks like it inside other tokens ("cat" in "category") is not an occurrence.
@@ -82,36 +60,17 @@ def find_spans(
     phrase = phrase.strip()
     if not phrase:
         raise ValueError("the phrase is empty: give the words to look for")
-    if message is None:
-        text = _tokenized(tokenizer, prompt)
-        first, last = 0, len(text.text)
-    else:
-        text, (first, last) = _message(tokenizer, prompt, message)
-    matches = re.finditer(re.escape(phrase), text.text[first:last])
-    covering = [text.covering(first + m.start(), first + m.end()) for m in matches]
+    text = _tokenized(tokenizer, prompt)
+    covering = [text.covering(*match.span()) for match in re.finditer(re.escape(phrase), text.text)]
     spans = [span for span in covering if _same_words(text.decode(*span), phrase)]
     if not covering:
-        raise ValueError(f"{phrase!r} is not in the prompt {_short(text.text[first:last])!r}")
+        raise ValueError(f"{phrase!r} is not in the prompt {text.text[:80]!r}")
     if not spans:
         reads = text.decode(*covering[0])
         raise ValueError(
             f"{phrase!r} does not end where tokens end: its tokens read {reads!r}; take those words"
         )
     return spans
-
-
-# --- batches -----------------------------------------------------------------------------------
-
-
-def encode(
-    tokenizer: Tokenizer, prompts: Sequence[Prompt], spans: Sequence[Sequence[Span]]
-) -> tuple[BatchEncoding, list[list[Span]]]:
-    """The prompts as one batch (B,T), padded on the left, and their spans where they now stand."""
-    if len(prompts) != len(spans):
-        raise ValueError(f"{len(prompts)} prompts, spans for {len(spans)}: one list for each")
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    batch = pad_left(tokenizer, ids, range(len(ids)))
-    return batch.inputs, batch.move(spans)
 
 
 def span_mask(spans: Spans) -> tuple[Tensor, bool]:
@@ -169,23 +128,23 @@ class Turn(NamedTuple):
 def find_turns(tokenizer: Tokenizer, dialogue: Dialogue) -> tuple[Tensor, list[Turn]]:
     """Token ids (1,T) of a dialogue, not opened for a reply, and the tokens of each message.
 
-    A message ends where the template's text ends if the dialogue ends with it. Raises ValueError
-    for a template that writes another end when more messages follow.
+    A message ends where the template's text would end if no message followed. Raises ValueError
+    for a template that rewrites a message when others follow.
     """
     messages = as_messages(dialogue)
-    text, contents = _contents(tokenizer, messages, opened=False)
+    whole = _tokenized(tokenizer, messages, opened=False)
     ends = [0]
-    for n, (_, content_end) in enumerate(contents):
-        closing = template_pieces(tokenizer, messages[: n + 1], opened=False)[-1]
-        if not text.text.startswith(closing, content_end):
+    for n in range(len(messages)):
+        text = template_text(tokenizer, messages[: n + 1], opened=False)
+        if not whole.text.startswith(text):
             raise ValueError(
-                f"the chat template rewrites the end of message {n} when others follow, so "
-                "messages have no place of their own; use a template that only appends"
+                f"the chat template rewrites message {n} when others follow, so messages have no "
+                "place of their own; use a template that only appends"
             )
-        ends.append(text.tokens_before(content_end + len(closing)))
+        ends.append(whole.tokens_before(len(text)))
     numbers = accumulate(int(message.role == "user") for message in messages)
     places = zip(numbers, messages, ends, ends[1:], strict=False)
-    return torch.tensor([text.ids]), [Turn(n, m.role, start, end) for n, m, start, end in places]
+    return torch.tensor([whole.ids]), [Turn(n, m.role, start, end) for n, m, start, end in places]
 
 
 def reduce_by_turn(
@@ -248,42 +207,5 @@ def _tokenized(tokenizer: Tokenizer, prompt: Prompt, *, opened: bool = True) -> 
     return _Text(text, encoded["input_ids"], encoded["offset_mapping"], tokenizer)
 
 
-def _contents(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, opened: bool = True
-) -> tuple[_Text, list[tuple[int, int]]]:
-    """The dialogue's text, and the characters [start, end) of each message's content.
-
-    Templates may trim a content; where one shows anything else, this raises ValueError.
-    """
-    text = _tokenized(tokenizer, messages, opened=opened)
-    pieces = template_pieces(tokenizer, messages, opened=opened)
-    places, end = [], 0
-    for n, (before, message, after) in enumerate(zip(pieces, messages, pieces[1:], strict=False)):
-        start, content = end + len(before), message.content
-        trimmed = (content, content.strip(), content.lstrip(), content.rstrip())
-        shown = [x for x in trimmed if text.text.startswith(before + x + after, end)]
-        if not shown:
-            raise ValueError(
-                f"message {n}: the chat template does not show {_short(content)!r} as it is; look "
-                "for a phrase instead"
-            )
-        end = start + len(shown[0])
-        places.append((start, end))
-    return text, places
-
-
-def _message(tokenizer: Tokenizer, dialogue: Prompt, index: int) -> tuple[_Text, tuple[int, int]]:
-    """The dialogue's text, and the characters of the content of message `index`."""
-    number = 0 if isinstance(dialogue, str) else len(dialogue)
-    if not -number <= index < number:
-        raise ValueError(f"message {index}: expected a list of messages, and one of {number}")
-    text, contents = _contents(tokenizer, as_messages(dialogue))
-    return text, contents[index]
-
-
 def _same_words(a: str, b: str) -> bool:
     return a.split() == b.split()
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else f"{text[:77]}..."

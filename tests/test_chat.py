@@ -51,6 +51,12 @@ def test_the_pieces_of_a_template_lie_around_the_contents(tiny):
     assert template_pieces(tiny[1], dialogue, opened=False) == [*pieces[:3], "<|end|>"]
 
 
+def test_a_template_that_leaves_a_message_out_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(tiny[1], "chat_template", "{{ messages[0]['content'] }}")
+    with pytest.raises(ValueError, match="does not show message 1 once and in its place"):
+        template_pieces(tiny[1], [Message("user", "Hi."), Message("assistant", "Yes.")])
+
+
 @pytest.mark.parametrize(
     "dialogue",
     [

@@ -1,6 +1,7 @@
 """Spans from text: brute force over all token ranges decides what the right answer is."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from steerkit.attention.hook import Head
-from steerkit.chat import Message, dialogue_ids, prompt_ids
-from steerkit.spans import encode, find_span, find_spans, find_turns, reduce_by_turn
+from steerkit.chat import Batch, Message, dialogue_ids, pad_left, prompt_ids, reply
+from steerkit.spans import find_span, find_spans, find_turns, reduce_by_turn
 from steerkit.steering.pasta import emphasise
 
 TEXT = (
@@ -110,23 +110,13 @@ def test_the_nth_occurrence_counts_from_both_ends(tokenizer: PreTrainedTokenizer
     assert find_span(tokenizer, TEXT, "tea", occurrence=-1) == spans[2]
 
 
-def test_a_phrase_is_looked_for_in_one_message_where_the_template_trims_it_too(
+def test_a_phrase_of_a_dialogue_is_found_in_its_prompt(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    dialogue = [DIALOGUE[3], Message("user", f" {DIALOGUE[2].content} \n"), DIALOGUE[3]]
-    ids = prompt_ids(tokenizer, dialogue)
-    for index, phrase in ((0, "What does Anna like?"), (1, "Anna lives"), (2, "Anna")):
-        span = find_span(tokenizer, dialogue, phrase, message=index)
-        assert span in brute_force(tokenizer, ids, phrase)
-        assert span == find_spans(tokenizer, dialogue, phrase)[(0, 0, -1)[index]]
-
-
-def test_a_phrase_of_one_message(tokenizer: PreTrainedTokenizerBase) -> None:
-    first, second = find_spans(tokenizer, DIALOGUE, "Reply in French.")
-    assert find_span(tokenizer, DIALOGUE, "Reply in French.", message=0) == first
-    assert find_span(tokenizer, DIALOGUE, "Reply in French.", message=-3) == second
-    with pytest.raises(ValueError, match="not in the prompt"):
-        find_span(tokenizer, DIALOGUE, "Reply in French.", message=3)
+    ids = prompt_ids(tokenizer, DIALOGUE)
+    for phrase, times in (("Reply in French.", 2), ("What does Anna like?", 1), ("Anna", 3)):
+        spans = find_spans(tokenizer, DIALOGUE, phrase)
+        assert spans == brute_force(tokenizer, ids, phrase) and len(spans) == times
 
 
 def test_a_batch_is_padded_on_the_left_and_its_spans_with_it(
@@ -135,7 +125,8 @@ def test_a_batch_is_padded_on_the_left_and_its_spans_with_it(
     prompts = [TEXT, "Anna likes tea", DIALOGUE]
     phrases = ["Reply in French.", "tea", "What does Anna like?"]
     spans = [[find_span(tokenizer, p, x)] for p, x in zip(prompts, phrases, strict=True)]
-    inputs, moved = encode(tokenizer, prompts, spans)
+    batch = pad_left(tokenizer, [prompt_ids(tokenizer, p) for p in prompts], range(3))
+    inputs, moved = batch.inputs, batch.move(spans)
     for ids, real, [(start, end)], phrase in zip(
         inputs["input_ids"], inputs["attention_mask"], moved, phrases, strict=True
     ):
@@ -146,23 +137,21 @@ def test_a_batch_is_padded_on_the_left_and_its_spans_with_it(
     )
 
 
-@torch.no_grad()
-def test_a_padded_batch_is_steered_as_its_rows_alone(
+def test_a_padded_batch_is_steered_as_its_prompts_alone(
     tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase],
 ) -> None:
     model, tokenizer = tiny
     prompts = [DIALOGUE, DIALOGUE[1:2], [Message("user", "Who lives in Rome?")]]
-    spans = [[find_span(tokenizer, p, p[0].content, message=0)] for p in prompts]
-    new = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    heads = [Head(0, 0), Head(1, 1), Head(2, 2)]
-    inputs, moved = encode(tokenizer, prompts, spans)
-    with emphasise(model, moved, heads):
-        together = model.generate(**inputs, **new)[:, -8:]
-    for row, (p, span) in enumerate(zip(prompts, spans, strict=True)):
-        alone, same = encode(tokenizer, [p], [span])
-        assert same == [span]
-        with emphasise(model, same, heads):
-            assert torch.equal(model.generate(**alone, **new)[0, -8:], together[row])
+    spans = [[find_span(tokenizer, p, p[0].content, occurrence=0)] for p in prompts]
+
+    def steered(*indices: int) -> list[str]:
+        def steer(batch: Batch) -> AbstractContextManager:
+            return emphasise(model, batch.move([spans[i] for i in indices]), [(0, 0), (1, 1)])
+
+        chosen = [prompts[i] for i in indices]
+        return reply(model, tokenizer, chosen, steer=steer, max_new_tokens=8)
+
+    assert steered(0, 1, 2) == [*steered(0), *steered(1), *steered(2)]
 
 
 # Turns
@@ -200,12 +189,6 @@ class Slow:
     is_fast = False
 
 
-def lossy(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A template that shows the first message twice, and no other."""
-    tokenizer.chat_template = "{{ messages[0]['content'] }} {{ messages[0]['content'] }}"
-    return tokenizer
-
-
 def rewriting(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """A template that writes another end where a message is the last one."""
     tokenizer.chat_template = (
@@ -228,15 +211,8 @@ def reduced(tokenizer: PreTrainedTokenizerBase, tokens: int = 0, **options: str)
         (lambda t: find_span(t, TEXT, "tea", occurrence=-4), "occurrence=-4"),
         (lambda t: find_span(t, TEXT, "  "), "is empty"),
         (lambda t: find_span(t, TEXT, "eply in Frenc"), "its tokens read ' ?Reply in French'"),
-        (lambda t: find_span(t, TEXT, "tea", message=0), "expected a list of messages"),
-        (lambda t: find_span(t, DIALOGUE, "tea", message=4), "message 4: .* one of 4"),
-        (
-            lambda t: find_span(lossy(embedded()), DIALOGUE, "tea", message=0),
-            "message 0: the chat template",
-        ),
-        (lambda t: encode(t, [TEXT], []), "1 prompts, spans for 0"),
         (lambda t: find_turns(t, []), "at least one message"),
-        (lambda t: find_turns(rewriting(t), DIALOGUE), "rewrites the end of message 0"),
+        (lambda t: find_turns(rewriting(t), DIALOGUE), "rewrites message 0"),
         (lambda t: reduced(t, role="tool"), "'tool'.*assist"),
         (lambda t: reduced(t, tokens=1), "different texts"),
         (lambda t: find_span(Slow(), TEXT, "tea"), "Slow does not say .* fast tokenizer"),
