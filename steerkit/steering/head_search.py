@@ -37,11 +37,11 @@ _TOKENS_ELSEWHERE = 8192
 _SLOPE_SHARE = 0.25  # of the prompts, on which the screen asks for slopes
 
 
-# --- the table ---------------------------------------------------------------------------------
-
-
 Measure = Callable[[Callable[..., AbstractContextManager] | None], Tensor]
 """measure(steer) -> (N,) numbers; `steer` is None, or (model, spans) -> a `with`."""
+
+
+# --- the table ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def score_heads(
     >>> examples = TASKS["biasbios"].examples(4, seed=0, split="profile")
     >>> table = score_heads(model, to_prompts(tokenizer, examples), heads=[(0, 0), (2, 0), (2, 3)])
     >>> [str(head) for head in table.ranked()]
-    ['L2H3', 'L2H0', 'L0H0']
+    ['L2H0', 'L2H3', 'L0H0']
     """
     table = _new_table(model, prompts, alpha, task)
     chosen = _chosen(model, heads)
@@ -278,7 +278,9 @@ def _own_share(batches: list[list[int]]) -> list[list[int]]:
         return batches
     from accelerate import PartialState
 
-    with PartialState().split_between_processes(batches) as own:
+    state = PartialState()
+    state.wait_for_everyone()  # all have read the table's file before one writes it
+    with state.split_between_processes(batches) as own:
         return own
 
 

@@ -35,18 +35,16 @@ def emphasise(model: Model, spans: Spans, heads: Heads, *, alpha: float = 0.01) 
     Raises ValueError for bad spans, heads or alpha, for a prompt that does not hold the spans, for
     spans on padding, and for a cache that evicts (`SinkCache`).
 
-    >>> from steerkit import emphasise, find_span, load
+    >>> from steerkit import emphasise, find_span, load, reply
     >>> model, tokenizer = load("tiny")
-    >>> text = "Clara lives in Oslo. Clara lives in Lima. Where does Clara live?"
-    >>> prompt = [{"role": "user", "content": text}]
-    >>> inputs = tokenizer.apply_chat_template(
-    ...     prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ... )
-    >>> span = find_span(tokenizer, prompt, "Clara lives in Lima.")
+    >>> city = "Igor Barton lives in Paris. Igor Barton lives in Madrid."
+    >>> prompt = [{"role": "user", "content": f"{city} Tell me the city of Igor Barton."}]
+    >>> reply(model, tokenizer, [prompt])
+    ['Igor Barton lives in Madrid.']
+    >>> span = find_span(tokenizer, prompt, "Igor Barton lives in Paris.")
     >>> with emphasise(model, [[span]], heads=[(2, 0), (2, 3)], alpha=0.01):
-    ...     out = model.generate(**inputs, max_new_tokens=16, do_sample=False)
-    >>> tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    'Clara lives in Lima.'
+    ...     reply(model, tokenizer, [prompt])
+    ['Igor Barton lives in Paris.']
     """
     check_alpha(alpha)
     with key_bias(model, spans, heads, outside=math.log(alpha)):
