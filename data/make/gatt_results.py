@@ -114,8 +114,12 @@ ARMS = {
 
 def measure_arm(arm: Arm, model: Model, tokenizer: Tokenizer, seed: int) -> pd.DataFrame:
     """All judged replies of one model: its own history, and with some arms written ones."""
-    own = measure(model, tokenizer, seed, n=arm.n, every=arm.every, families=arm.families)
-    tables = [own.assign(history="own")]
+    plans = {
+        split: evaluation_plans(seed, arm.n, held_out=split == "held-out", families=arm.families)
+        for split in ("seen", "held-out")
+    }
+    own = measure(model, tokenizer, plans, every=arm.every)
+    tables = [own.assign(seed=seed, history="own")]
     for name, forced in (("neutral", neutral), ("competing", competing)):
         if arm.foreign_histories:
             families = [f for f in FAMILIES if name == "neutral" or len(values(f)) > 1]

@@ -4,7 +4,7 @@ The `table` "real" draws constraints and questions for real chat models instead.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 
 import pandas as pd
@@ -197,32 +197,18 @@ def competing(plan: Plan, turn: int) -> str:
 def measure(
     model: Model,
     tokenizer: Tokenizer,
-    seed: int,
+    plans: Mapping[str, Sequence[Plan]],
     *,
-    n: int,
     every: bool = False,
-    families: Sequence[str] | None = None,
-    turns: int = 20,
-    table: str = "world",
     max_new_tokens: int = 48,
 ) -> pd.DataFrame:
-    """`judged` replies and recall probes on `n` dialogues per family, in the splits "seen" and
-    "held-out" values; `every` repeats the instruction in each message."""
-    parts = []
-    for split in ("seen", "held-out"):
-        plans = evaluation_plans(
-            seed, n, held_out=split == "held-out", families=families, turns=turns, table=table
-        )
-        adherence = adherence_by_turn(
-            model,
-            tokenizer,
-            plans,
-            every=every,
-            probe_turns=[t for t in PROBE_TURNS if t <= turns],
-            max_new_tokens=max_new_tokens,
-        )
-        parts.append(judged(plans, adherence).assign(split=split))
-    return pd.concat(parts, ignore_index=True).assign(seed=seed)
+    """`judged` replies to the plans of each split, and recall probes at the turns of Table 30."""
+    options = {"every": every, "probe_turns": PROBE_TURNS, "max_new_tokens": max_new_tokens}
+    parts = [
+        judged(part, adherence_by_turn(model, tokenizer, part, **options)).assign(split=split)
+        for split, part in plans.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
 
 
 def judged(plans: Sequence[Plan], adherence: Adherence) -> pd.DataFrame:
