@@ -56,7 +56,7 @@ class Oracle:
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
-        """One token for each row: (B,) -> logits (B,V)."""
+        """One token for each stream: (B,) -> logits (B,V)."""
         zero = torch.zeros(1, 1, dtype=torch.long)  # position 0 does not rotate: raw keys arrive
         out = self.model(input_ids=ids[:, None], position_ids=zero, use_cache=False)
         self.t += 1

@@ -251,7 +251,7 @@ def test_hits_are_the_greedy_tokens(llama: PreTrainedModel) -> None:
     assert not token_losses(llama, new + (new < V - 1), score=is_greedy)[0, 29:].all()
 
 
-def test_interleaved_pairs_turn_as_complex_numbers() -> None:
+def test_interleaved_pairs_rotate_as_complex_numbers() -> None:
     x, steps = torch.randn(5, 12, dtype=torch.float64).float(), torch.arange(5)
     rotation = Rotation(torch.tensor([1.0, 0.3, 0.01], dtype=torch.float64), True)
     pairs = torch.view_as_complex(x[:, :6].reshape(5, 3, 2))
@@ -280,8 +280,8 @@ def test_recomputation_equals_a_forward_per_token(llama: PreTrainedModel) -> Non
     want = [stock_losses(llama, ids[:, max(0, p + 1 - L) : p + 2])[:, -1] for p in range(39)]
     ours = recomputed_losses(llama, ids, length=L, batch=7)
     assert gap(ours, torch.stack(want, 1)) < 2e-5
-    some = [38, 3, 11, 12, 3]
-    assert gap(recomputed_losses(llama, ids, length=L, positions=some), ours[:, some]) < 2e-5
+    at = [38, 3, 11, 12, 3]
+    assert gap(recomputed_losses(llama, ids, length=L, positions=at), ours[:, at]) < 2e-5
     assert gap(ours, token_losses(llama, ids, sinks=0, window=L - 1)) > 0.05
     assert gap(recomputed_losses(llama, ids, length=50), stock_losses(llama, ids)) < 2e-5
 
@@ -289,8 +289,8 @@ def test_recomputation_equals_a_forward_per_token(llama: PreTrainedModel) -> Non
 def test_recomputation_puts_the_first_tokens_before_each_window(llama: PreTrainedModel) -> None:
     ids, L = tokens(1, 30), 8
     front = torch.tensor([[5, 9]])
-    rows = [torch.cat([front, ids[:, p + 1 - L : p + 2]], 1) for p in range(L - 1, 29)]
-    want = torch.stack([stock_losses(llama, row)[:, -1] for row in rows], 1)
+    windows = [torch.cat([front, ids[:, p + 1 - L : p + 2]], 1) for p in range(L - 1, 29)]
+    want = torch.stack([stock_losses(llama, window)[:, -1] for window in windows], 1)
     ours = recomputed_losses(llama, ids, length=L, first=[5, 9], positions=range(L - 1, 29))
     assert gap(ours, want) < 2e-5
 
@@ -530,24 +530,24 @@ def test_a_chat_is_one_stream_in_the_template_s_format(
     llama: PreTrainedModel, stop_after: int | None
 ) -> None:
     """Replies equal the oracle's over the whole rendered dialogue, cut short or ended properly."""
-    tokenizer, said = words(), []
+    tokenizer, chosen = words(), []
     asked = ["hello", "more?", "and now a longer question", "so"]
     endless = itertools.chain(asked, itertools.repeat("never read"))
 
     def choose(logits: Tensor) -> int:
         logits = logits.clone()
         logits[:5] = -torch.inf  # marks stay out of the text
-        said.append(int(logits.argmax()))
-        ends = stop_after is not None and len(said) % (stop_after + 1) == 0
-        return tokenizer.eos_token_id if ends else said[-1]
+        chosen.append(int(logits.argmax()))
+        ends = stop_after is not None and len(chosen) % (stop_after + 1) == 0
+        return tokenizer.eos_token_id if ends else chosen[-1]
 
     chat = stream_chat(
         llama, tokenizer, endless, system="be", sinks=4, window=20, max_new_tokens=6, choose=choose
     )
-    rows, replies = [{"role": "system", "content": "be"}], []
+    messages, replies = [{"role": "system", "content": "be"}], []
     for question, reply in zip(asked, chat, strict=False):
-        rows.append({"role": "user", "content": question})
-        text = tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True)
+        messages.append({"role": "user", "content": question})
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
         oracle = Oracle(llama, 4, 20)
         for t in range(ids.shape[1]):
@@ -557,7 +557,7 @@ def test_a_chat_is_one_stream_in_the_template_s_format(
         assert len(reply.ids) == (stop_after or 6)
         assert reply.seen == ids.shape[1] + len(reply.ids) - (stop_after is None)
         assert reply.kept == min(reply.seen, 25)
-        rows.append({"role": "assistant", "content": reply.text})
+        messages.append({"role": "assistant", "content": reply.text})
         replies.append(reply.text)
     assert len(set(replies)) > 1 and reply.seen > 60
 
@@ -597,9 +597,9 @@ def test_hits_need_every_token_of_the_answer(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(losses, lambda *_, **__: hits.float())
     queries = [Query(8, 10, 5, 1), Query(9, 11, 5, 2), Query(11, 13, 5, 2), Query(10, 12, 1, 2)]
     stream = EvalStream(torch.zeros(1, 20, dtype=torch.long), queries)
-    found = eval_hits(None, stream, sinks=4, window=8)
-    assert found.tolist() == [True, False, True, False]
-    one, two = accuracy_by_distance(stream, found)
+    hits = eval_hits(None, stream, sinks=4, window=8)
+    assert hits.tolist() == [True, False, True, False]
+    one, two = accuracy_by_distance(stream, hits)
     assert one == (1, 3.0, 1.0, 1)
     assert two == (2, pytest.approx((4 + 6 + 9) / 3), pytest.approx(1 / 3), 3)
 
