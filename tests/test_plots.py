@@ -150,9 +150,9 @@ def test_binned_text_holds_each_token_once_in_the_bins_of_the_map() -> None:
 
 
 def test_head_grid_writes_each_number_at_its_head_and_frames_the_marked(ax: Axes) -> None:
-    plots.head_grid(ax, [[0.0, 0.2, 0.8, 1.0]], bar="x", vmax=1, marked=[(0, 2)])
+    plots.head_grid(ax, [[0.1, 0.2, 0.8, 1.0]], bar="x", vmax=1, marked=[(0, 2)])
     assert {t.get_position(): t.get_text() for t in ax.texts} == {
-        (0, 0): "0.00",
+        (0, 0): "0.10",
         (1, 0): "0.20",
         (2, 0): "0.80",
         (3, 0): "1.00",

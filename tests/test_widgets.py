@@ -15,7 +15,7 @@ from steerkit.chat import Message, prompt_ids, reply
 from steerkit.spans import find_span, find_turns
 from steerkit.steering.pasta import emphasise
 from steerkit.viz import widgets
-from steerkit.viz.widgets import explore, explore_attention, explore_steering, explore_streaming
+from steerkit.viz.widgets import explore, explore_attention, explore_steering
 
 TALK = [
     Message("user", "Language: French. Where does Ivan Garner live?"),
@@ -156,27 +156,11 @@ def test_steering_explorer_shows_both_replies_and_the_share_it_raised(
     assert "<td>&lt;b&gt;</td>" in widgets._side_by_side({"plain": ("<b>", 0.5)})
 
 
-def test_streaming_explorer_draws_each_setting_and_measures_dense_once(
-    tiny: Tiny, screen: Screen, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked, measured = [], widgets.token_losses
-    losses = lambda *args, **cache: asked.append(cache) or measured(*args, **cache)  # noqa: E731
-    monkeypatch.setattr(widgets, "token_losses", losses)
-    ids = torch.randint(8, 500, (1, 121), generator=torch.Generator().manual_seed(0))
-    explore_streaming(tiny[0], ids, sinks=2, window=200)
-    dense, cached = screen.pages[-1].split("window of 200: dense ")[1].split(", cache ")
-    assert cached.split()[0] == dense  # a window longer than the text is dense
-    screen.controls["window"].value = 8
-    assert "window of 8" in screen.pages[-1]
-    assert asked == [{}, {"sinks": 2, "window": 200}, {"sinks": 2, "window": 8}]
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda tiny: explore_attention(*tiny, TALK[:1]), "no reply to look from"),
         (lambda tiny: explore_steering(*tiny, "x y", "x", {"empty": []}), "no heads"),
-        (lambda tiny: explore_streaming(tiny[0], torch.ones(1, 79).long()), r"\(1, 79\).*80"),
     ],
 )
 def test_bad_input_is_one_clear_error(

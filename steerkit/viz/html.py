@@ -49,18 +49,14 @@ def attention_page(
     default the largest one). About 60 bytes and the text for each token.
     """
     v = [float(x) for x in torch.as_tensor(values).flatten().tolist()]
-    if not texts:
-        raise ValueError("no tokens to show: give at least one")
-    if len(v) != len(texts):
-        raise ValueError(f"{len(v)} values for {len(texts)} tokens: expected one each")
+    if not texts or len(v) != len(texts):
+        raise ValueError(f"{len(v)} values for {len(texts)} tokens: expected one each, 1 or more")
     if not all(0 <= x < float("inf") for x in v):
         raise ValueError(f"values from {min(v)} to {max(v)}: expected finite numbers, 0 or more")
     top = top or max(v) or 1.0
     parts = turns or [Turn(0, "", 0, len(texts))]
-    if parts[-1].end != len(texts):
-        raise ValueError(
-            f"turns of {parts[-1].end} tokens, text of {len(texts)}: not the same text"
-        )
+    if (end := parts[-1].end) != len(texts):
+        raise ValueError(f"turns of {end} tokens, a text of {len(texts)}: not the same text")
     body = "".join(_message(part, texts, v, top) for part in parts)
     head = f"<p><b>{html.escape(title)}</b> {_legend(top)}</p>"
     return f'<div style="background:#fff;color:#000;line-height:1.6">{head}{body}</div>'

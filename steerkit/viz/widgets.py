@@ -1,4 +1,4 @@
-"""Three explorers: a page drawn with the controls' first values, and the controls below it.
+"""Explorers: a page drawn with the controls' first values, and the controls below it.
 
 A page on a code host, or a run without a front end, shows what was drawn first. In a live notebook
 each move of a control draws the page again, in its place.
@@ -12,17 +12,15 @@ import ipywidgets
 import matplotlib.pyplot as plt
 import torch
 from IPython.display import HTML, display
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steerkit.attention.hook import layer_and_head_counts
 from steerkit.attention.maps import attention_map, attention_received, span_share
-from steerkit.chat import Message, check_ids, prompt_ids, reply
+from steerkit.chat import Message, prompt_ids, reply
 from steerkit.spans import find_span, find_turns
 from steerkit.steering.pasta import emphasise
-from steerkit.streaming.losses import token_losses
 from steerkit.viz.html import attention_page, token_texts
-from steerkit.viz.plots import COLOURS, binned_text, curves, heat_map, mark_turns, picture
+from steerkit.viz.plots import COLOURS, binned_text, heat_map, mark_turns, picture
 
 
 def explore(draw: Callable[..., str], controls: Mapping[str, ipywidgets.Widget]) -> None:
@@ -152,36 +150,3 @@ def _side_by_side(columns: Mapping[str, tuple[str, float]]) -> str:
     replies = "".join(f"<td>{html.escape(text)}</td>" for text, _ in columns.values())
     shares = "".join(f"<td>{share:.3f} of attention</td>" for _, share in columns.values())
     return f"<table><tr>{names}</tr><tr>{replies}</tr><tr>{shares}</tr></table>"
-
-
-def explore_streaming(
-    model: PreTrainedModel, ids: Tensor, *, sinks: int = 4, window: int = 64
-) -> None:
-    """Loss along a stream, ids (1,T), for a cache of sinks and a window; dense beside it.
-
-    Controls: sinks and window. The curves are means over T / 40 tokens.
-    """
-    check_ids(model, ids, tokens=80, one_text=True)
-    step = (ids.shape[1] - 1) // 40
-
-    def binned(losses: Tensor) -> Tensor:
-        return losses[0, : 40 * step].unflatten(0, (40, step)).mean(1)
-
-    middles = (torch.arange(40) + 0.5) * step
-    dense = binned(token_losses(model, ids))
-
-    def draw(sinks: int, window: int) -> str:
-        cached = binned(token_losses(model, ids, sinks=sinks, window=window))
-        lines = {"dense": dense, f"cache {sinks}+{window}": cached}
-        fig, ax = plt.subplots()
-        axes = {"xlabel": "position in the stream (tokens)", "ylabel": "loss (nats per token)"}
-        curves(ax, middles, lines, **axes)
-        nats = f"dense {dense.mean():.3f}, cache {cached.mean():.3f} nats per token"
-        caption = f"Cache of {sinks} sinks and a window of {window}: {nats}."
-        return picture(fig, caption=caption, alt=f"Loss by position in the stream: {nats}.")
-
-    controls = {
-        "sinks": ipywidgets.IntSlider(sinks, min=0, max=16),
-        "window": ipywidgets.IntSlider(window, min=8, max=max(window, 256)),
-    }
-    explore(draw, controls)
