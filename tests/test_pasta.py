@@ -175,17 +175,6 @@ def test_no_heads_and_alpha_1_are_bit_equal_to_plain(
     assert torch.equal(torch.stack(made.logits), torch.stack(plain[1].logits))
 
 
-def test_steering_changes_only_what_comes_after_a_key_outside_the_span(
-    llama: PreTrainedModel,
-) -> None:
-    ids, spans = tokens(1, 12), [[(0, 5)]]
-    with torch.no_grad(), emphasise(llama, spans, HEADS):
-        steered = llama(ids).logits
-    same = (steered == llama(ids).logits).all(-1)[0]
-    close(steered[:, :5], llama(ids).logits[:, :5])  # all that these see is emphasised
-    assert not same[6:].any()
-
-
 # The kernel
 
 
@@ -505,16 +494,6 @@ def test_nesting_is_refused_whatever_the_heads(
         assert (state_of(llama), hooks_of(llama)) == inside
 
 
-@torch.no_grad()
-def test_a_sink_cache_is_refused_by_the_decoder_too(llama: PreTrainedModel) -> None:
-    cache = SinkCache(llama.model, sinks=2, window=20)
-    with (
-        pytest.raises(ValueError, match="evicts and moves"),
-        emphasise(llama, [[(1, 3)]], HEADS),
-    ):
-        llama.model(tokens(1, 10), past_key_values=cache)
-
-
 @pytest.mark.parametrize("T", [10, 40])
 @torch.no_grad()
 def test_a_sink_cache_is_refused_before_it_evicts(llama: PreTrainedModel, T: int) -> None:
@@ -592,10 +571,6 @@ def test_bad_input_is_one_clear_error(
     with pytest.raises(ValueError, match=message), emphasise(llama, spans, heads, **options):
         run(llama)
     assert state_of(llama) == ("sdpa", [])
-
-
-def test_a_head_is_named_by_layer_and_query_head() -> None:
-    assert str(Head(3, 7)) == "L3H7"
 
 
 @torch.no_grad()

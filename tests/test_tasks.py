@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from steerkit.chat import Message, prompt_ids, reply
+from steerkit.chat import Message, prompt_ids
 from steerkit.spans import find_span
 from steerkit.statistics import wilson
 from steerkit.steering.pasta import emphasise
@@ -28,7 +28,6 @@ from steerkit.steering.tasks import (
     json_value_paper,
     kept,
     marked,
-    prompted,
     pronouns_paper,
     pronouns_strict,
     states_value,
@@ -109,11 +108,6 @@ def test_each_span_is_found_in_its_prompt(tiny, name, conflict):
         ((start, end),) = p.spans
         assert tokenizer.decode(p.ids[start:end]).strip() == e.span
         assert tokenizer.decode(p.answer) == e.answer + tokenizer.eos_token
-
-
-def test_a_split_has_one_of_two_names():
-    with pytest.raises(ValueError, match='split="train": expected "profile" or "test"'):
-        TASKS["json"].examples(1, seed=0, split="train")
 
 
 # --- metrics by hand ---------------------------------------------------------------------------
@@ -199,16 +193,6 @@ def test_marks_stand_around_the_span_in_the_prompt_and_its_paraphrases():
     assert m.span == f'"{e.span}"'
 
 
-def test_the_ways_to_ask_are_the_paper_s():
-    (e,), shots = TASKS["json"].examples(1, seed=0), TASKS["json"].examples(2, seed=1)
-    assert prompted([e], shots) == {
-        "zero-shot": [e],
-        "*-marked": [marked(e, "*")],
-        '"-marked': [marked(e, '"')],
-        "few-shot": [few_shot(e, shots)],
-    }
-
-
 @EVERY
 def test_few_shots_are_whole_exchanges_in_front_of_the_question(name):
     e, *shots = TASKS[name].examples(4, seed=0)
@@ -226,13 +210,6 @@ def test_few_shots_are_whole_exchanges_in_front_of_the_question(name):
 
 
 # --- a model on examples -----------------------------------------------------------------------
-
-
-def test_unsteered_replies_are_those_of_chat_reply(tiny):
-    model, tokenizer = tiny
-    examples = TASKS["pronouns"].examples(6, seed=0)
-    wanted = reply(model, tokenizer, [e.messages for e in examples])
-    assert generate(model, tokenizer, examples, batch=4) == wanted
 
 
 def test_steered_replies_do_not_depend_on_the_batch(tiny):
@@ -372,8 +349,3 @@ def test_a_bad_file_is_one_clear_error(tmp_path, name, file, text, message):
         path.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_task(TASKS[name], path)
-
-
-def test_no_records_are_refused():
-    with pytest.raises(ValueError, match="no records for task json"):
-        load_task(TASKS["json"], [])
