@@ -26,12 +26,12 @@ _TABLES = {"world": TABLES, "real": REAL}
 class Probe(NamedTuple):
     """A recall probe (Llama 2, Table 30): a question about the instruction, and what to expect.
 
-    `told` is the answer in full where the table knows one; `untold` the one without instruction.
+    `answer` is the whole answer; `answer_without` the one of a model that got no instruction.
     """
 
     question: str
-    told: str
-    untold: str
+    answer: str
+    answer_without: str
 
 
 class Constraint(NamedTuple):
@@ -45,11 +45,6 @@ class Constraint(NamedTuple):
         """All ways to say it; the last one is the short form ("Language: French.")."""
         forms = _table_of(self.family, self.table)["instructions"][self.family]
         return [form.format(v=self.value) for form in [*forms["long"], forms["short"]]]
-
-    @property
-    def long(self) -> str:
-        """The first long form ("Always act as Napoleon from now on.")."""
-        return self.texts()[0]
 
     @property
     def short(self) -> str:
@@ -74,7 +69,7 @@ class Constraint(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What the user says, and what is to be told: subject, attribute, value."""
+    """What the user says, and the fact that answers it: subject, attribute, value."""
 
     text: str
     subject: str
@@ -132,17 +127,12 @@ def check_together(constraints: Sequence[Constraint]) -> None:
 
 def _speaks(reply: str, language: str) -> bool:
     """A sentence frame of the language stands in the reply, and none of another language."""
-    return _language_of(reply) == {language}
-
-
-def _language_of(reply: str) -> set[str]:
-    return {name for name, frames in _FRAMES.items() if any(f.search(reply) for f in frames)}
+    frames = {name for name, frames in _FRAMES.items() if any(f.search(reply) for f in frames)}
+    return frames == {language}
 
 
 def _frame(template: str) -> re.Pattern[str]:
-    pattern = (
-        re.escape(template.removesuffix(".")).replace(r"\{n\}", r"\w+").replace(r"\{v\}", r"\w+")
-    )
+    pattern = re.sub(r"\\\{[nv]\\\}", r"\\w+", re.escape(template.removesuffix(".")))
     return re.compile(pattern + r"(?!\w)", re.IGNORECASE)
 
 
@@ -202,8 +192,8 @@ def _sentences(reply: str) -> int:
 
 
 def _emoji_only(reply: str, _: str) -> bool:
-    kept = re.sub(r"[\s\u200d\ufe0e\ufe0f\u20e3]", "", reply)
-    return bool(kept) and all(_is_emoji(ord(char)) for char in kept)
+    characters = re.sub(r"[\s\u200d\ufe0e\ufe0f\u20e3]", "", reply)  # joiners of emojis go
+    return bool(characters) and all(_is_emoji(ord(char)) for char in characters)
 
 
 def _is_emoji(code: int) -> bool:

@@ -112,9 +112,10 @@ def test_tables_are_whole():
             for value in values(family, table):
                 c = Constraint(family, value, table)
                 assert len(c.texts()) == 4 and all(value in text for text in c.texts())
-                assert c.long == c.texts()[0] and c.short == c.texts()[-1]
+                assert c.short == c.texts()[-1]
                 if c.probe is not None:
-                    assert c.recalled(c.probe.told) and not c.recalled(c.probe.untold)
+                    assert c.recalled(c.probe.answer)
+                    assert not c.recalled(c.probe.answer_without)
 
 
 def test_a_probe_is_answered_by_the_whole_word():

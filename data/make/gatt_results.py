@@ -175,7 +175,7 @@ def untold(model: Model, tokenizer: Tokenizer, *, n: int = 8, seed: int = 0) -> 
                 text = answer(question.subject, question.attribute, question.value)
                 messages += [Message("user", question.text), Message("assistant", text)]
             dialogues.append([*messages, Message("user", probe.question)])
-            expected.append(probe.untold)
+            expected.append(probe.answer_without)
     replies = reply(model, tokenizer, dialogues)
     return torch.tensor([float(a == b) for a, b in zip(replies, expected, strict=True)])
 

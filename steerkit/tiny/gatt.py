@@ -101,7 +101,7 @@ def make_plan(
         instruction = instruct(rng, constraints)
     else:
         unstated = [p for f in FAMILIES if (p := Constraint(f, "").probe)]
-        asked = [Question(p.question, "", "", p.untold) for p in rng.sample(unstated, 2)]
+        asked = [Question(p.question, "", "", p.answer_without) for p in rng.sample(unstated, 2)]
         instruction = ""
     if not probes:
         return Plan(tuple(constraints), instruction, tuple(questions))
