@@ -125,7 +125,7 @@ def test_differences_are_centred_and_less_is_marked_for_grey(ax: Axes) -> None:
 
 
 def test_turns_are_marked_where_their_tokens_stand(ax: Axes) -> None:
-    texts = [f"row {n} costs $5" for n in range(12)]
+    texts = [f"row {n} costs $5, not $6" for n in range(12)]
     plots.mark_turns(plots.heat_map(ax, np.ones((12, 12)), bar=None), TALK, texts)  # 5 tokens a bin
     upright = [line.get_xdata()[0] for line in ax.lines if len(set(line.get_xdata())) == 1]
     assert sorted(upright) == ax.get_xticks().tolist() == ax.get_yticks().tolist()
