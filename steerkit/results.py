@@ -51,7 +51,7 @@ def save_claim(
     `paper` is a published number, or its key for `paper_result`.
     """
     _refuse_folders(name)
-    row = {
+    record = {
         "claim": claim,
         "paper": paper_result(paper) if isinstance(paper, str) else paper,
         "ours": ours,
@@ -63,8 +63,8 @@ def save_claim(
         "versions": versions(),
         "holds": bool(holds),
     }
-    write_json(Path(out) / f"{name}.claim.json", row)
-    return row
+    write_json(Path(out) / f"{name}.claim.json", record)
+    return record
 
 
 def _refuse_folders(name: str) -> None:
