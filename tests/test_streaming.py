@@ -407,99 +407,67 @@ def test_an_interrupted_forward_is_not_continued_silently(llama: PreTrainedModel
         llama(tokens(1, 40), past_key_values=cache)
 
 
-def left_padded(model: PreTrainedModel, cache: SinkCache) -> None:
-    ids = tokens(2, 12)
-    mask = torch.ones_like(ids)
-    mask[1, :4] = 0
-    model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=3, **GREEDY)
-
-
-def prompt_lookup(model: PreTrainedModel, cache: SinkCache) -> None:
-    ids = tokens(1, 9).repeat(1, 4)
-    more = {"max_new_tokens": 30, "prompt_lookup_num_tokens": 3}
-    model.generate(ids, past_key_values=cache, **more, **GREEDY)
-
-
-def foreign_positions(model: PreTrainedModel, cache: SinkCache) -> None:
-    with torch.no_grad():
-        model(tokens(1, 5), position_ids=torch.arange(3, 8)[None], past_key_values=cache)
-
-
-def another_model(model: PreTrainedModel, cache: SinkCache) -> None:
-    with torch.no_grad():
-        tiny("llama", seed=1)(tokens(1, 5), past_key_values=cache)
-
-
-def another_batch(model: PreTrainedModel, cache: SinkCache) -> None:
-    with torch.no_grad():
-        model(tokens(1, 5), past_key_values=cache)
-        model(tokens(2, 5), past_key_values=cache)
-
-
 @pytest.mark.parametrize(
     ("misuse", "message"),
     [
-        (left_padded, "padding"),
-        (prompt_lookup, "cannot take tokens back"),
-        (foreign_positions, "position_ids"),
-        (another_model, "the model this SinkCache was made for"),
-        (another_batch, "a batch of 2"),
-        (lambda model, cache: model(tokens(1, 5), past_key_values=cache), "no_grad"),
+        (lambda m, ids, new: m(ids, attention_mask=ids * 0, **new), "padding"),
+        (lambda m, ids, new: m(ids, position_ids=torch.arange(3, 8)[None], **new), "position_ids"),
+        (
+            lambda m, ids, new: tiny("llama", seed=1)(ids, **new),
+            "the model this SinkCache was made",
+        ),
+        (lambda m, ids, new: (m(ids, **new), m(ids.repeat(2, 1), **new)), "a batch of 2"),
+        (torch.enable_grad()(lambda m, ids, new: m(ids, **new)), "no_grad"),
+        (
+            lambda m, ids, new: m.generate(
+                ids.repeat(1, 9), prompt_lookup_num_tokens=3, max_new_tokens=30, **new, **GREEDY
+            ),
+            "cannot take tokens back",
+        ),
     ],
 )
+@torch.no_grad()
 def test_what_would_be_silently_wrong_is_an_error(
-    llama: PreTrainedModel, misuse: Callable[[PreTrainedModel, SinkCache], None], message: str
+    llama: PreTrainedModel, misuse: Callable[..., object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        misuse(llama, SinkCache(llama, sinks=2, window=10))
+        misuse(llama, tokens(1, 5), {"past_key_values": SinkCache(llama, sinks=2, window=10)})
     assert llama.config._attn_implementation == "sdpa"
 
 
 # What cannot stream
 
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
 
 @pytest.mark.parametrize(
-    ("build", "message"),
+    ("name", "changes", "message"),
     [
-        (lambda: tiny("gpt2"), "learned positions"),
-        (lambda: tiny("gptj"), "AttentionInterface"),
-        (lambda: tiny("mistral", sliding_window=30), "sliding_window.*sinks . window <= 29"),
-        (lambda: tiny("gemma3", sliding_window=30), "layer 0 sees only the last 30"),
+        ("gpt2", {}, "learned positions"),
+        ("gptj", {}, "AttentionInterface"),
+        ("mistral", {"sliding_window": 30}, "sliding_window.*sinks . window <= 29"),
+        ("gemma3", {"sliding_window": 30}, "layer 0 sees only the last 30"),
+        ("llama", {"rope_parameters": DYNAMIC}, "'dynamic' changes its frequencies"),
         (
-            lambda: tiny("llama", rope_parameters=_rope("dynamic", factor=2.0)),
-            "'dynamic' changes its frequencies",
-        ),
-        (
-            lambda: tiny(
-                "phi3",
-                original_max_position_embeddings=64,
-                rope_parameters=_rope(
-                    "longrope",
-                    short_factor=[1.0] * 4,
-                    long_factor=[2.0] * 4,
-                    original_max_position_embeddings=64,
-                ),
-            ),
+            "phi3",
+            {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64},
             "'longrope' changes its frequencies",
         ),
     ],
 )
 def test_unstreamable_models_are_refused(
-    build: Callable[[], PreTrainedModel], message: str
+    name: str, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        token_losses(build(), tokens(1, 40), sinks=4, window=40)
-
-
-def _rope(kind: str, **more: object) -> dict[str, object]:
-    return {"rope_type": kind, "rope_theta": 1e4, **more}
+        token_losses(tiny(name, **changes), tokens(1, 40), sinks=4, window=40)
 
 
 def test_dense_ends_where_positions_end() -> None:
     model = tiny("gpt2")
     assert gap(token_losses(model, tokens(1, 128)), stock_losses(model, tokens(1, 128))) < 2e-5
-    rope = _rope("dynamic", factor=2.0)
-    for refused in (model, tiny("llama", max_position_embeddings=128, rope_parameters=rope)):
+    for refused in (model, tiny("llama", max_position_embeddings=128, rope_parameters=DYNAMIC)):
         with pytest.raises(ValueError, match="at 128"):
             token_losses(refused, tokens(1, 130))
 
