@@ -150,7 +150,7 @@ ROWS: list[Row] = [
     (lambda k: world.say("Ida", "shoe", "red"), "attribute='shoe': expected one of"),
     (lambda k: world.say("Ida", world.ATTRIBUTES[0], "red", "Elvish"), "language='Elvish': expect"),
     # Pages, figures and results
-    (lambda k: attention_page([], [], title="t"), "0 values for 0 tokens: expected one each, 1 or more"),
+    (lambda k: attention_page([], [], title="t"), "0 values for 0 tokens: expected one"),
     (lambda k: attention_page(["a", "b"], [1.0], title="t"), "1 values for 2 tokens"),
     (lambda k: attention_page(["a"], [-1.0], title="t"), "expected finite numbers, 0 or more"),
     (show(caption=" "), "figure 'a' has an empty caption"),
