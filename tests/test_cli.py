@@ -227,6 +227,6 @@ def test_notebooks_are_copied_once_and_the_copies_are_the_ones_that_run(
         path.read_bytes() for path in sorted(NOTEBOOKS.glob("*.ipynb"))
     ]
     assert cli.main(["notebooks", "course"]) == 2
-    assert "00_start_here.ipynb exists: move it away" in capsys.readouterr().err
+    assert "File exists: 'course'" in capsys.readouterr().err
     monkeypatch.chdir(root / "course")
     assert runner.find_notebooks() == copies

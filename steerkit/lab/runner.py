@@ -54,13 +54,9 @@ def find_notebooks(prefixes: Sequence[str] = ()) -> list[Path]:
 
 
 def copy_notebooks(folder: Path) -> list[Path]:
-    """Copy the kit's notebooks into `folder`; ValueError if one of them is there already."""
-    copies = [folder / path.name for path in sorted(NOTEBOOKS.glob(NAMES))]
-    for copy in copies:
-        if copy.exists():
-            raise ValueError(f"{copy} exists: move it away, or choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    return [Path(shutil.copyfile(NOTEBOOKS / copy.name, copy)) for copy in copies]
+    """Copy the kit's notebooks into a new folder; FileExistsError if it is there already."""
+    shutil.copytree(NOTEBOOKS, folder, ignore=shutil.ignore_patterns("runs", ".*", "__*"))
+    return sorted(folder.glob(NAMES))
 
 
 def parameters(path: Path) -> dict[str, Any]:
