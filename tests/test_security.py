@@ -115,5 +115,5 @@ def test_an_adapter_of_pickles_is_refused_before_it_is_read(tmp_path: Path) -> N
     config = (ROOT / "data" / "tiny-gatt" / "adapter_config.json").read_bytes()
     (tmp_path / "adapter_config.json").write_bytes(config)
     (tmp_path / "adapter_model.bin").write_bytes(b"never read")
-    with pytest.raises(ValueError, match="no adapter_model.safetensors; other formats can run"):
+    with pytest.raises(ValueError, match=r"no adapter_model\.safetensors; other formats can run"):
         steerkit.load(tmp_path)
