@@ -58,6 +58,7 @@ def test_talk_never_closes_and_each_model_hears_its_own(tiny):
         ids = streams.talk_stream(tokenizer, 3000)
         assert len(ids) == 3000 and ids == streams.talk_stream(tokenizer, 3500)[:3000]
         assert ids != streams.talk_stream(tokenizer, 3000, seed="another")
-    texts = market.decode(ids[1:]).split("<|eos|>")[:-1]  # the last one is cut
+        texts = tokenizer.decode(ids[1:]).split("<|eos|>")[:-1]  # the last one is cut
+        assert len(set(texts)) == len(texts) > 10
     words = {part for word in market_words() for part in word.split()}
-    assert len(texts) > 10 and set(" ".join(texts).split()) <= words
+    assert set(" ".join(texts).split()) <= words
