@@ -247,7 +247,7 @@ def _fill(
     tokens = tokens or _TOKENS.get(model.device.type, _TOKENS_ELSEWHERE)
     writes = path is not None and os.environ.get("RANK", "0") == "0"
     batches = list(_batches(prompts, missing, tokens // table.scores.shape[2]))
-    for batch in tqdm(_own_share(batches), unit="batch", delay=2, leave=False):
+    for batch in tqdm(_share_of_process(batches), unit="batch", delay=2, leave=False):
         scorer = PromptBatch(model, [prompts[i] for i in batch], table.about["alpha"])
         table.baseline[batch] = scorer.baseline
         table.scores[torch.tensor(batch)[:, None], layer, index] = scorer.scores(heads, tokens)
@@ -272,7 +272,7 @@ def _batches(prompts: Sequence[Prompt], which: Sequence[int], tokens: int) -> It
         yield batch
 
 
-def _own_share(batches: list[list[int]]) -> list[list[int]]:
+def _share_of_process(batches: list[list[int]]) -> list[list[int]]:
     """This process's batches, under `accelerate launch`."""
     if not _several_processes():
         return batches
@@ -280,8 +280,8 @@ def _own_share(batches: list[list[int]]) -> list[list[int]]:
 
     state = PartialState()
     state.wait_for_everyone()  # all have read the table's file before one writes it
-    with state.split_between_processes(batches) as own:
-        return own
+    with state.split_between_processes(batches) as share:
+        return share
 
 
 def _gather(table: HeadTable) -> None:

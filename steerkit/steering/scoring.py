@@ -107,12 +107,13 @@ class PromptBatch:
         """Each head steered alone, at most `tokens` tokens in one forward -> (B, heads)."""
         scores, at_once = [], max(1, tokens // self.ids.numel())
         for start in range(0, len(heads), at_once):
-            some = heads[start : start + at_once]
-            switch = self._switch(len(some))
-            for variant, (layer, index) in enumerate(some):
-                switch[layer, variant :: len(some), index] = 1
-            steered = sorted({head.layer for head in some})
-            scores.append(self._scores(switch, steered).view(-1, len(some)).cpu())
+            chunk = heads[start : start + at_once]
+            C = len(chunk)
+            switch = self._switch(C)
+            for variant, (layer, index) in enumerate(chunk):
+                switch[layer, variant::C, index] = 1
+            steered = sorted({head.layer for head in chunk})
+            scores.append(self._scores(switch, steered).view(-1, C).cpu())
         return torch.cat(scores, dim=1)
 
     def slopes(self) -> Tensor:

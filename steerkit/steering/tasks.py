@@ -95,10 +95,10 @@ def json_value_paper(reply: str, example: Example) -> float:
 def json_strict(reply: str, example: Example) -> float:
     """The whole reply is one JSON object, and states exactly what the right one states."""
     try:
-        found, wanted = json.loads(reply), json.loads(example.answer)
+        parsed, right = json.loads(reply), json.loads(example.answer)
     except ValueError:
         return 0.0
-    return float(isinstance(found, dict) and _folded(found) == _folded(wanted))
+    return float(isinstance(parsed, dict) and _folded(parsed) == _folded(right))
 
 
 def pronouns_paper(reply: str, example: Example) -> float:
@@ -122,9 +122,9 @@ def pronouns_strict(reply: str, example: Example) -> float:
         return 0.0
     if example.answer:
         return exact(reply, example)
-    said = {_stem(w) for w in words}
+    stems = {_stem(w) for w in words}
     content = [_stem(w) for w in _words(example.source) if w not in _PRONOUNS]
-    return float(sum(w in said for w in content) >= 0.8 * len(content))
+    return float(sum(w in stems for w in content) >= 0.8 * len(content))
 
 
 def exact(reply: str, example: Example) -> float:
@@ -134,8 +134,8 @@ def exact(reply: str, example: Example) -> float:
 
 def first_words(reply: str, example: Example) -> float:
     """The reply begins with the answer: for models that go on with a text."""
-    wanted = _words(example.answer)
-    return float(bool(wanted) and _words(reply)[: len(wanted)] == wanted)
+    answer = _words(example.answer)
+    return float(bool(answer) and _words(reply)[: len(answer)] == answer)
 
 
 def states_value(reply: str, example: Example) -> float:
@@ -176,14 +176,14 @@ _PLURAL = {"is": "are", "was": "were", "has": "have", "does": "do", "goes": "go"
 
 def _objects(text: str) -> list[dict]:
     """Every {...} of the text that parses, longest first from each opening brace."""
-    found, decoder = [], json.JSONDecoder()
+    objects, decoder = [], json.JSONDecoder()
     for match in re.finditer(r"\{", text):
         try:
             value, _ = decoder.raw_decode(text[match.start() :])
         except ValueError:
             continue
-        found.append(value)
-    return found
+        objects.append(value)
+    return objects
 
 
 def _folded(value: object) -> object:
@@ -313,15 +313,12 @@ def generate(
     batch: int = 64,
 ) -> list[str]:
     """The greedy reply to each example, steered towards its span."""
-    prompts, context = [_prompt(tokenizer, e) for e in examples], None
-    if steer:
-        spans = [[_span(tokenizer, e)] for e in examples]
-
-        def context(some: Batch) -> AbstractContextManager:
-            return steer(model, some.move(spans))
-
+    prompts = [_prompt(tokenizer, e) for e in examples]
+    spans = [[_span(tokenizer, e)] for e in examples] if steer else []
+    context = (lambda padded: steer(model, padded.move(spans))) if steer else None
     options = {"max_new_tokens": max_new_tokens, "batch": batch}
-    return [text.strip() for text in reply(model, tokenizer, prompts, steer=context, **options)]
+    replies = reply(model, tokenizer, prompts, steer=context, **options)
+    return [text.strip() for text in replies]
 
 
 def compare(
@@ -341,13 +338,15 @@ def compare(
     forms = [list(e.paraphrases) if paraphrased else [e.messages] for e in examples]
     if not all(forms):
         raise ValueError("an example has no paraphrases to compare its candidates on")
-    single = [e._replace(messages=m) for e, some in zip(examples, forms, strict=True) for m in some]
+    single = [
+        e._replace(messages=form) for e, each in zip(examples, forms, strict=True) for form in each
+    ]
     ids = [prompt_ids(tokenizer, _prompt(tokenizer, e)) for e in single]
     preferred = torch.zeros(len(single))
-    for some in batches(tokenizer, ids, batch):
-        chosen = [single[i] for i in some.indices]
-        preferred[some.indices] = _preferred(model, tokenizer, chosen, some, steer)
-    return torch.stack([part.mean() for part in preferred.split([len(some) for some in forms])])
+    for padded in batches(tokenizer, ids, batch):
+        chosen = [single[i] for i in padded.indices]
+        preferred[padded.indices] = _preferred(model, tokenizer, chosen, padded, steer)
+    return torch.stack([part.mean() for part in preferred.split([len(each) for each in forms])])
 
 
 @torch.no_grad()
@@ -367,17 +366,17 @@ def _preferred(
     before = [torch.tensor(_plain_ids(tokenizer, x), dtype=torch.long) for x in texts]
     after = pad_sequence(before, batch_first=True)
     real = pad_sequence([torch.ones_like(x) for x in before], batch_first=True)
-    prompt_ids, prompt_mask = prompts.inputs["input_ids"], prompts.inputs["attention_mask"]
-    mask = torch.cat([prompt_mask, real], dim=1)
+    ids = prompts.inputs["input_ids"]
+    mask = torch.cat([prompts.inputs["attention_mask"], real], dim=1)
     inputs = {
-        "input_ids": torch.cat([prompt_ids, after], dim=1),
+        "input_ids": torch.cat([ids, after], dim=1),
         "attention_mask": mask,
         "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
     }
     inputs = {name: x.to(model.device) for name, x in inputs.items()}
     context = nullcontext()
     if steer:
-        spans = torch.zeros_like(prompt_ids, dtype=torch.bool)  # a mask, which ends with the prompt
+        spans = torch.zeros_like(ids, dtype=torch.bool)  # a mask, which ends with the prompt
         for row, (e, padding) in enumerate(zip(examples, prompts.padding, strict=True)):
             start, end = _span(tokenizer, e)
             spans[row, padding + start : padding + end] = True
@@ -412,11 +411,11 @@ def _to_prompt(tokenizer: Tokenizer, example: Example) -> Prompt:
             f"example without answer ({example.messages[-1].content[:60]!r}): the score of a head "
             "is the answer's log-probability; give one"
         )
+    answer, end = f" {example.answer}", []  # a text that goes on
+    if tokenizer.chat_template:
+        answer, end = example.answer, [tokenizer.eos_token_id]
     ids, span = prompt_ids(tokenizer, _prompt(tokenizer, example)), _span(tokenizer, example)
-    if not tokenizer.chat_template:
-        return Prompt(ids, [span], _plain_ids(tokenizer, f" {example.answer}"))
-    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return Prompt(ids, [span], _plain_ids(tokenizer, example.answer) + ends)
+    return Prompt(ids, [span], [*_plain_ids(tokenizer, answer), *end])
 
 
 def _prompt(tokenizer: Tokenizer, example: Example) -> str | Messages:

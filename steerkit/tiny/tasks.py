@@ -23,23 +23,23 @@ FORMS = ("figure", "hobby", "ending", "emoji")  # what else a reply may be asked
 
 def _json(rng: random.Random, conflict: bool, split: str) -> Example:
     """A biography to be read; JSON is asked for, and in conflict a form that JSON excludes."""
-    who, told, rival = _someone(rng, split), instruct(rng, [JSON]), ""
+    who, instruction, rival = _someone(rng, split), instruct(rng, [JSON]), []
     if conflict:
         family = rng.choice(["capitals", "emoji"])
-        rival = instruct(rng, [Constraint(family, rng.choice(values(family)))])
+        rival = [instruct(rng, [Constraint(family, rng.choice(values(family)))])]
     attribute, *others = rng.sample(ATTRIBUTES, 3)
     sentences = [say(who.name, a, who.facts[a]) for a in (attribute, *others)]
-    orders = _shuffled(rng, [told, rival] if rival else [told])
-    text = _joined(*orders, *_shuffled(rng, sentences), world.ask(rng, who.name, attribute))
+    instructions = _shuffled(rng, [instruction, *rival])
+    text = _joined(*instructions, *_shuffled(rng, sentences), world.ask(rng, who.name, attribute))
     value = who.facts[attribute]
     right = answer(who.name, attribute, value, [JSON])
-    return Example((Message("user", text),), told, right, value, kept=(value,))
+    return Example((Message("user", text),), instruction, right, value, kept=(value,))
 
 
 def _pronouns(rng: random.Random, conflict: bool, split: str) -> Example:
     """They is asked for in the system message; in conflict an exchange has ignored it since."""
-    told = instruct(rng, [THEY])
-    messages = [Message("system", told)]
+    instruction = instruct(rng, [THEY])
+    messages = [Message("system", instruction)]
     if conflict:
         earlier = world.repeat_question(rng)
         reply = answer(earlier.subject, earlier.attribute, earlier.value)
@@ -51,7 +51,7 @@ def _pronouns(rng: random.Random, conflict: bool, split: str) -> Example:
     messages.append(Message("user", f"{instruct(rng, [JSON, form])} {question.text}"))
     right = answer(question.subject, question.attribute, question.value, [THEY, JSON, form])
     source, kept = question.text.removeprefix("Repeat: "), (question.value, form.value)
-    return Example(tuple(messages), told, right, question.value, kept=kept, source=source)
+    return Example(tuple(messages), instruction, right, question.value, kept=kept, source=source)
 
 
 def _biography(rng: random.Random, conflict: bool, split: str) -> Example:
