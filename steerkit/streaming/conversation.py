@@ -1,4 +1,4 @@
-"""A conversation without end in constant memory (StreamingLLM, 2309.17453, section 4.4)."""
+"""A conversation without end in constant memory (StreamingLLM, 2309.17453)."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple

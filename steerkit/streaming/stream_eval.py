@@ -1,4 +1,4 @@
-"""StreamEval (2309.17453, section 4.5, Table 7): read values back from a stream that evicts.
+"""StreamEval (2309.17453, Table 7): read values back from a stream that evicts.
 
 The paper's data was never released. Here a stream of text lines, each stating a fact; every few
 lines a question asks for a fact some lines back. The answer can be read while its line is in the
