@@ -60,23 +60,14 @@ def test_maps_and_shares_equal_brute_force_on_eager_weights(name: str) -> None:
     flat = weights.flatten(0, 1)
     close(attention_map(model, ids, bins=BINS), by_hand(flat, max))
     close(attention_map(model, ids, bins=BINS, reduce="mean", skip=SKIP), by_hand(flat, mean, SKIP))
+    chosen = {"heads": [(1, 3), (0, 2), (1, 3)], "skip": 20}
+    two = torch.stack([weights[0, 2], weights[1, 3]])
+    close(attention_map(model, ids, bins=BINS, **chosen), by_hand(two, max, 20))
     share, peak = span_attention(model, ids, SPANS)
     close(share, weights[..., INSIDE].sum(-1))
     close(peak, weights[..., INSIDE].amax(-1))
     assert torch.equal(span_share(model, ids, SPANS), share)
     assert state_of(model) == ("sdpa", [])
-
-
-@pytest.mark.parametrize("skip", [0, SKIP, 20])
-def test_heads_and_skip_choose_what_is_looked_at(llama: PreTrainedModel, skip: int) -> None:
-    ids = tokens(1, T)
-    weights = eager_weights(llama, ids)[:, 0]
-    layer = attention_map(llama, ids, bins=BINS, heads=[(1, h) for h in range(4)], skip=skip)
-    torch.testing.assert_close(layer, by_hand(weights[1], max, skip), atol=1e-5, rtol=1e-4)
-    chosen = {"heads": [(1, 3), (0, 2), (1, 3)], "bins": BINS, "skip": skip}
-    two = torch.stack([weights[0, 2], weights[1, 3]])
-    ours = attention_map(llama, ids, reduce="mean", **chosen)
-    torch.testing.assert_close(ours, by_hand(two, mean, skip), atol=1e-5, rtol=1e-4)
 
 
 def test_one_bin_and_a_bin_per_token_are_the_extremes(llama: PreTrainedModel) -> None:
@@ -89,18 +80,15 @@ def test_one_bin_and_a_bin_per_token_are_the_extremes(llama: PreTrainedModel) ->
     )
 
 
-@pytest.mark.parametrize("reduce", ["max", "mean"])
-def test_chunks_do_not_show(
-    llama: PreTrainedModel, reduce: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ids = tokens(1, T)
-    whole = (
-        attention_map(llama, ids, bins=BINS, reduce=reduce),
-        span_share(llama, ids, SPANS),
-    )
-    monkeypatch.setattr("steerkit.attention.record._CHUNK_NUMBERS", 4 * T * 5)  # five rows
-    torch.testing.assert_close(attention_map(llama, ids, bins=BINS, reduce=reduce), whole[0])
-    torch.testing.assert_close(span_share(llama, ids, SPANS), whole[1])
+def test_chunks_do_not_show(llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure() -> list[Tensor]:
+        ids = tokens(1, T)
+        maps = [attention_map(llama, ids, bins=BINS, reduce=how) for how in ("max", "mean")]
+        return [*maps, span_share(llama, ids, SPANS)]
+
+    whole = measure()
+    monkeypatch.setattr("steerkit.attention.record._CHUNK_NUMBERS", 4 * T * 5)  # five queries
+    torch.testing.assert_close(measure(), whole)
 
 
 def test_received_is_what_each_key_gets_from_some_queries(

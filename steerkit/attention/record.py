@@ -90,16 +90,14 @@ def _weight_chunks(call: AttentionCall) -> Iterator[tuple[int, Tensor]]:
     for start, stop in pairwise([*range(0, Q, step), Q]):
         queries = slice(start, stop)
         scores = (call.query[:, :, queries] @ key.mT).float() * call.scaling
-        scores = scores + _additive_mask(call.mask, queries, Q, K, scores.device)
+        scores = scores + _additive_mask(call.mask, queries, K, scores.device)
         yield start, softmax(scores, call.zero_sink)
 
 
-def _additive_mask(
-    mask: Tensor | None, queries: slice, Q: int, K: int, device: torch.device
-) -> Tensor:
-    """The mask of some queries as additive values; None is causal, aligned to the last key."""
+def _additive_mask(mask: Tensor | None, queries: slice, K: int, device: torch.device) -> Tensor:
+    """The mask of some queries as additive values; None is causal (no cache: query t is key t)."""
     if mask is None:
-        query = torch.arange(queries.start, queries.stop, device=device)[:, None] + (K - Q)
+        query = torch.arange(queries.start, queries.stop, device=device)[:, None]
         mask = torch.arange(K, device=device) <= query
     elif mask.shape[-2] > 1:
         mask = mask[..., queries, :]
