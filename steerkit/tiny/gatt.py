@@ -11,23 +11,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from steerkit.constraints import (
-    FAMILIES,
-    REAL,
-    REAL_FAMILIES,
-    Constraint,
-    Question,
-    compatible,
-    instruct,
-    values,
-)
+from steerkit.constraints import FAMILIES, REAL, Constraint, Question, compatible, instruct, values
 from steerkit.gatt.dialogues import Model, Plan, Tokenizer
 from steerkit.gatt.evaluation import Adherence, adherence_by_turn
 from steerkit.tiny.world import answer, fact_question, repeat_question
 
 PROBE_TURNS = (2, 4, 6, 20)  # Table 30
 DIALOGUES = 160  # sampled for one training
-_FAMILIES = {"world": FAMILIES, "real": REAL_FAMILIES}
+_FAMILIES = {"world": FAMILIES, "real": tuple(REAL["instructions"])}
 Ask = Callable[[random.Random, Sequence[Constraint]], Question]
 
 

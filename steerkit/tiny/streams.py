@@ -14,19 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from steerkit.chat import Message
 from steerkit.streaming.stream_eval import Fact
-from steerkit.tiny.world import (
-    ATTRIBUTES,
-    answer,
-    ask,
-    biography_question,
-    english,
-    fact_question,
-    market,
-    note,
-    render,
-    repeat_question,
-    stranger,
-)
+from steerkit.tiny import world
 
 _CHARACTERS = 32  # read per token of a file: no language's mean comes near
 
@@ -41,7 +29,7 @@ def text_stream(tokenizer: Tokenizer, text: str, tokens: int | None = None) -> l
 
 def english_stream(tokenizer: Tokenizer, tokens: int) -> list[int]:
     """Held-out English without a break, `tokens` ids in all."""
-    ids = text_stream(tokenizer, "\n\n".join(english(held_out=True)))
+    ids = text_stream(tokenizer, "\n\n".join(world.english(held_out=True)))
     if len(ids) < tokens:
         raise ValueError(f"tokens={tokens}: the held-out English has {len(ids)}; ask for fewer")
     return ids[:tokens]
@@ -88,7 +76,7 @@ def talk_stream(tokenizer: Tokenizer, tokens: int, *, seed: str = "") -> list[in
     """Talk of the tiny world without end, `tokens` ids; held out of training by default."""
     title = talk_title(tokenizer)
     rng = random.Random(seed or f"held-out {title}")
-    talk = small_talk if title == "dialogue" else market
+    talk = small_talk if title == "dialogue" else world.market
     return endless_stream(tokenizer, (talk(rng) for _ in count()), tokens)
 
 
@@ -106,10 +94,10 @@ def small_talk(rng: random.Random) -> str:
     """A dialogue of up to six questions with their answers, and without an instruction."""
     messages = []
     for _ in range(rng.randint(1, 6)):
-        q = rng.choice([fact_question, biography_question, repeat_question])(rng)
+        q = rng.choice([world.fact_question, world.biography_question, world.repeat_question])(rng)
         messages.append(Message("user", q.text))
-        messages.append(Message("assistant", answer(q.subject, q.attribute, q.value)))
-    return render(messages)
+        messages.append(Message("assistant", world.answer(q.subject, q.attribute, q.value)))
+    return world.render(messages)
 
 
 def two_streams(
@@ -132,9 +120,10 @@ def two_streams(
 
 def note_fact(_: int, rng: random.Random) -> Fact:
     """For `eval_stream`: a note about a stranger, and a question that only this note answers."""
-    who, attribute = stranger(rng), rng.choice(ATTRIBUTES)
+    who, attribute = world.stranger(rng), rng.choice(world.ATTRIBUTES)
     value = who.facts[attribute]
-    start, end = answer(who.name, attribute, value).split(f" {value}")
-    question = render([Message("user", ask(rng, who.name, attribute))]) + "<|assistant|>" + start
-    line = render(note(who.name, attribute, value))
+    start, end = world.answer(who.name, attribute, value).split(f" {value}")
+    asked = world.render([Message("user", world.ask(rng, who.name, attribute))])
+    question = f"{asked}<|assistant|>{start}"
+    line = world.render(world.note(who.name, attribute, value))
     return Fact(line, question, f" {value}", f"{end}<|end|>")
