@@ -31,10 +31,7 @@ def test_training_never_combines_a_held_out_pair_of_families():
         drawn = [c.family for c in documents.draw_constraints(rng(seed))]
         assert compatible(drawn)
         assert not any({a, b} in HELD_OUT_PAIRS for a in drawn for b in drawn if a != b)
-    pairs = {
-        frozenset(c.family for c in documents.draw_held_out(rng(s)))
-        for s in range(99)
-    }
+    pairs = {frozenset(c.family for c in documents.draw_held_out(rng(s))) for s in range(99)}
     assert pairs == HELD_OUT_PAIRS
     assert not pairs & set(map(frozenset, TABLES["exclusive"]))
 
