@@ -46,7 +46,6 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--model", metavar="ID_OR_DIR", help="default: the embedded models")
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     run.add_argument("--out", type=Path, default=Path("runs"), help="default: runs")
-    run.add_argument("--figures", dest="out", type=Path, help=argparse.SUPPRESS)
     run.add_argument("--store", action="store_true", help="authors: commit outputs and figures/")
 
     notebooks = commands.add_parser("notebooks", help="copy the notebooks into a folder")
