@@ -21,12 +21,7 @@ from table import Row
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from steerkit.models import load
-from steerkit.steering.head_search import (
-    naive_scores,
-    score_heads,
-    screen_heads,
-    screening_regret,
-)
+from steerkit.steering.head_search import naive_scores, score_heads, screen_heads, screening_regret
 from steerkit.steering.scoring import Prompt
 from steerkit.steering.tasks import few_shot, to_prompts
 from steerkit.streaming.latency import interleaved

@@ -258,11 +258,7 @@ class BatchedChat:
 
     @torch.no_grad()
     def reply(
-        self,
-        dialogues: Sequence[Dialogue],
-        *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
+        self, dialogues: Sequence[Dialogue], *, max_new_tokens: int = 64, temperature: float = 0.0
     ) -> list[str]:
         """The next reply to each dialogue: greedy, or sampled with torch's global generator."""
         prompts = [prompt_ids(self.tokenizer, dialogue) for dialogue in dialogues]

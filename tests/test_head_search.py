@@ -396,10 +396,7 @@ def test_halving_doubles_the_prompts_until_all_are_met(monkeypatch):
     assert screen_heads(model, some_prompts(5), keep=2).rounds == [(6, 5)]
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [({"keep": 0}, "keep=0"), ({"keep": 7}, "keep=7")],
-)
+@pytest.mark.parametrize(("options", "said"), [({"keep": 0}, "keep=0"), ({"keep": 7}, "keep=7")])
 def test_a_bad_screen_is_one_clear_error(llama, options, said):
     with pytest.raises(ValueError, match=said):
         screen_heads(llama, some_prompts(2), **options)

@@ -498,10 +498,7 @@ def test_nesting_is_refused_whatever_the_heads(
 @torch.no_grad()
 def test_a_sink_cache_is_refused_before_it_evicts(llama: PreTrainedModel, T: int) -> None:
     cache = SinkCache(llama, sinks=2, window=20)
-    with (
-        pytest.raises(ValueError, match="evicts and moves"),
-        emphasise(llama, [[(1, 3)]], HEADS),
-    ):
+    with pytest.raises(ValueError, match="evicts and moves"), emphasise(llama, [[(1, 3)]], HEADS):
         llama.generate(tokens(1, T), past_key_values=cache, **NEW)
     assert state_of(llama) == ("sdpa", [])
     assert llama(tokens(1, T), past_key_values=cache).logits.isfinite().all()  # as if never tried

@@ -110,9 +110,7 @@ def test_the_nth_occurrence_counts_from_both_ends(tokenizer: PreTrainedTokenizer
     assert find_span(tokenizer, TEXT, "tea", occurrence=-1) == spans[2]
 
 
-def test_a_phrase_of_a_dialogue_is_found_in_its_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
+def test_a_phrase_of_a_dialogue_is_found_in_its_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = prompt_ids(tokenizer, DIALOGUE)
     for phrase, times in (("Reply in French.", 2), ("What does Anna like?", 1), ("Anna", 3)):
         spans = find_spans(tokenizer, DIALOGUE, phrase)

@@ -203,10 +203,7 @@ def _reply_logprobs(
 ) -> list[Tensor]:
     """Log-probabilities (tokens of reply t, V) for each turn t of one dialogue."""
     last = len(sample.replies) - 1
-    messages = [
-        *history(sample, last, every=every),
-        Message("assistant", sample.replies[last]),
-    ]
+    messages = [*history(sample, last, every=every), Message("assistant", sample.replies[last])]
     ids = torch.tensor([dialogue_ids(tokenizer, messages)], device=model.device)
     logprobs = model(ids).logits[0].float().log_softmax(-1).cpu()
     by_turn = []

@@ -304,11 +304,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     train(
-        options.model,
-        options.out,
-        tokens=options.tokens,
-        seed=options.seed,
-        device=options.device,
+        options.model, options.out, tokens=options.tokens, seed=options.seed, device=options.device
     )
 
 

@@ -123,12 +123,7 @@ def _quiet() -> Iterator[None]:
 
 @_quiet()
 def make_trainer(
-    model: Model,
-    tokenizer: Tokenizer,
-    rows: Sequence[Row],
-    *,
-    out: Path,
-    settings: Settings,
+    model: Model, tokenizer: Tokenizer, rows: Sequence[Row], *, out: Path, settings: Settings
 ) -> Trainer:
     """TRL's trainer for these rows, its tokenised rows checked: none truncated, none dropped."""
     if not rows:

@@ -98,12 +98,7 @@ def _typed(name: str, text: str, default: Any) -> Any:
 
 
 def execute(
-    path: Path,
-    values: Mapping[str, Any],
-    profile: str,
-    out: Path,
-    *,
-    cwd: Path | None = None,
+    path: Path, values: Mapping[str, Any], profile: str, out: Path, *, cwd: Path | None = None
 ) -> Outcome:
     """Run one notebook with `values` as parameters, in `cwd` (default: its own folder).
 

@@ -144,12 +144,7 @@ def naive_scores(
 
 @torch.no_grad()
 def answer_scores_with_heads(
-    model: Model,
-    prompts: Sequence[Prompt],
-    heads: Heads,
-    *,
-    alpha: float = 0.01,
-    batch: int = 16,
+    model: Model, prompts: Sequence[Prompt], heads: Heads, *, alpha: float = 0.01, batch: int = 16
 ) -> Tensor:
     """Scores (N,) of the prompts with `heads` steered together; no heads: without steering."""
     scores, heads = [], list(heads)
