@@ -3,8 +3,9 @@
 import random
 from collections import Counter
 from copy import deepcopy
-from dataclasses import replace
+from functools import partial
 
+import gatt_results
 import pytest
 import torch
 
@@ -133,72 +134,47 @@ def test_pairs_reject_what_the_model_said_and_failed(tiny):
     ask = lambda rng, _: fact_question(rng)  # noqa: E731
     quiet = tiny_gatt.make_plan(random.Random(0), (), turns=5, ask=ask)
     samples = gatt.sample_dialogues(*tiny, [*instructed, quiet], candidates=1)
-    pairs = gatt.make_pairs(*tiny, samples, first=0, per_dialogue=5)
     plans = {s.plan.message(0, every=False): s.plan for s in samples}
     counts = Counter()
-    for row in pairs:
+    for row in gatt_results.pairs(*tiny, samples, 0):
         plan, t = plans[row["prompt"][0]["content"]], len(row["prompt"]) // 2
         chosen, rejected = (row[key][0]["content"] for key in ("chosen", "rejected"))
         assert plan.verified(t, chosen)
         slipped = any(p.constraints[0].obeyed(rejected) for p in instructed)
         assert slipped if plan is quiet else not plan.verified(t, rejected)
         counts[plan is quiet] += 1
-    assert counts[True] == 5 and 2 <= counts[False] <= 8  # at turn 1 the base does not fail
-
-
-def test_an_instruction_that_no_verifier_knows_is_an_instruction(tiny, monkeypatch):
-    """Nothing is slipped into a dialogue that has one, nor where there is none to slip in."""
-    told = a_sample()._replace(plan=replace(a_sample().plan, constraints=()))
-    quiet = told._replace(plan=replace(told.plan, instruction=""))
-    asked = []
-
-    def no(model, tokenizer, dialogues, **_):
-        asked.append({m[-1].content for m in dialogues})
-        return ["No."] * len(dialogues)
-
-    monkeypatch.setattr(gatt, "reply", no)
-    for samples in ([told], [quiet], [told, quiet]):
-        gatt.make_pairs(*tiny, samples, first=1, per_dialogue=3)
-    plain, slipped = {"Q1?", "Q2?", "Q3?"}, {f"Hobby: chess. Q{t}?" for t in (1, 2, 3)}
-    assert asked == [plain, plain, plain | slipped]
+    assert counts[True] == 4 and 2 <= counts[False] <= 8
 
 
 # Rejection sampling
 
 
-def test_the_best_candidate_goes_on_by_verifier_then_by_reward(tiny, monkeypatch):
-    """Two dialogues, K = 3: verified before unverified, then the higher reward, then the first."""
+def test_the_first_verified_candidate_goes_on(tiny, monkeypatch):
+    """Two dialogues of unequal length, K = 3; where none is verified, the first one."""
     plain, short, long = "No.", "I love chess.", "Yes, yes. I love chess."
-    script = [[plain, short, long, long, plain, short], [plain, plain, plain, short, long, long]]
+    script = [[plain, short, long, long, plain, short], [plain, "Well.", plain]]
     selected = []
     monkeypatch.setattr(BatchedChat, "select", lambda _, chosen: selected.append(chosen))
     monkeypatch.setattr(BatchedChat, "reply", lambda *_, **__: script.pop(0))
-    plan = gatt.Plan((CHESS,), "Hobby: chess.", ("A?", "B?"))
-    options = {"candidates": 3, "reward": lambda _, text: len(text)}
-    samples = gatt.sample_dialogues(*tiny, [plan, plan], **options)
-    assert [s.replies for s in samples] == [(long, plain), (long, long)]
-    assert [s.verified for s in samples] == [(True, False), (True, True)]
-    assert selected == [[2, 2, 2, 3, 3, 3]]
+    plans = [gatt.Plan((CHESS,), "Hobby: chess.", users) for users in (("A?", "B?"), ("A?",))]
+    samples = gatt.sample_dialogues(*tiny, plans, candidates=3)
+    assert [s.replies for s in samples] == [(short, plain), (long,)]
+    assert [s.verified for s in samples] == [(True, False), (True,)]
+    assert selected[0] == [1, 1, 1, 3, 3, 3]
 
 
-def test_another_model_gives_other_samples(tiny, tmp_path, monkeypatch):
+def test_samples_depend_on_seed_and_model_alone_and_torchs_generator_is_restored(
+    tiny, tmp_path, monkeypatch
+):
     """Nothing is read back from an earlier run, of this model or another."""
     monkeypatch.chdir(tmp_path)
-    plan = plan_of(turns=1)
-    first = gatt.sample_dialogues(*tiny, [plan], candidates=1)
-    monkeypatch.setattr(BatchedChat, "reply", lambda *_, **__: ["Another model."])
-    again = gatt.sample_dialogues(*tiny, [plan], candidates=1)
-    assert again[0].replies == ("Another model.",) != first[0].replies
-    assert not list(tmp_path.iterdir())
-
-
-def test_sampling_depends_on_the_seed_alone_and_restores_torchs_generator(tiny):
-    before = torch.get_rng_state()
-    first, again, other = (
-        gatt.sample_dialogues(*tiny, [plan_of(turns=1)], temperature=3.0, seed=seed)
-        for seed in (1, 1, 2)
-    )
+    before, sample = torch.get_rng_state(), partial(gatt.sample_dialogues, *tiny, temperature=3.0)
+    first, again, other = (sample([plan_of(turns=1)], seed=seed) for seed in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state()) and first == again != other
+    monkeypatch.setattr(BatchedChat, "reply", lambda *_, **__: ["Another model."] * 2)
+    monkeypatch.setattr(BatchedChat, "select", lambda *_: None)
+    assert sample([plan_of(turns=1)], seed=1)[0].replies == ("Another model.",)
+    assert not list(tmp_path.iterdir())
 
 
 # Measurements
@@ -214,45 +190,28 @@ def test_survival_and_forgetting_on_a_worked_example():
     assert forgetting(obeyed).tolist() == pytest.approx([1 / 4, 1 / 3, 1 / 2])
 
 
+@pytest.mark.parametrize("every", [False, True])
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
-def test_dialogues_of_unequal_length_are_measured_as_each_alone(tiny, order):
-    """Own dialogues never have one length: NaN stands after the end, and no turn is lost."""
-    plans = [plan_of(n, turns=n, family=f) for n, f in ((1, "hobby"), (2, "json"), (4, "emoji"))]
+def test_adherence_in_a_batch_is_that_of_each_dialogue_alone(tiny, order, every):
+    """The probe is asked on a fork that is thrown away. NaN stands where there is no probe, and
+    after the end of a dialogue."""
+    plans = [plan_of(n, turns=n, family=f) for n, f in ((2, "hobby"), (1, "json"), (4, "emoji"))]
     plans = [plans[i] for i in order]
-    options = {"probe_turns": [1, 3]}
-    together = adherence_by_turn(*tiny, plans, batch=2, **options)
-    assert together.obeyed.shape == together.right.shape == together.recalled.shape == (3, 4)
+    expected = torch.full((3, 3, 4), torch.nan)  # obeyed, right, recalled
+    measured = adherence_by_turn(*tiny, plans, probe_turns=[2], batch=2, every=every)
     for i, plan in enumerate(plans):
-        alone, turns = adherence_by_turn(*tiny, [plan], **options), len(plan.questions)
-        assert together.replies[i] == alone.replies[0] and len(alone.replies[0]) == turns
-        for name in ("obeyed", "right", "recalled"):
-            whole = getattr(together, name)[i]
-            torch.testing.assert_close(whole[:turns], getattr(alone, name)[0], equal_nan=True)
-            assert whole[turns:].isnan().all()
-
-
-def test_adherence_of_the_models_own_dialogue(tiny):
-    """Each reply follows the one before; the probe is asked on a fork that is thrown away."""
-    plans = [plan_of(seed, turns=3, family=f) for seed, f in enumerate(("hobby", "emoji", "json"))]
-    measured = adherence_by_turn(*tiny, plans, probe_turns=[2], batch=2)
-    users = [[p.message(t, every=False) for t in range(3)] for p in plans]
-    dialogues: list[list[Message]] = [[] for _ in plans]
-    for t in range(3):
-        for messages, texts in zip(dialogues, users, strict=True):
-            messages.append(Message("user", texts[t]))
-        for messages, text in zip(dialogues, reply(*tiny, dialogues), strict=True):
+        messages, (constraint,) = [], plan.constraints
+        for t in range(len(plan.questions)):
+            if t == 1:
+                probe = f"{plan.instruction} " * every + constraint.probe.question
+                fork = [*messages, Message("user", probe)]
+                expected[2, i, t] = constraint.recalled(reply(*tiny, [fork])[0])
+            messages.append(Message("user", plan.message(t, every=every)))
+            text = reply(*tiny, [messages])[0]
             messages.append(Message("assistant", text))
-    assert measured.replies == [[m.content for m in messages[1::2]] for messages in dialogues]
-    for plan, obeyed, texts in zip(plans, measured.obeyed, measured.replies, strict=True):
-        assert obeyed.tolist() == [plan.constraints[0].obeyed(text) for text in texts]
-    asked = measured.recalled[:, 1]
-    assert asked.isnan().tolist() == [False, False, True]  # json has no probe
-    assert measured.recalled[:, [0, 2]].isnan().all()
-    for i in (0, 1):
-        constraint = plans[i].constraints[0]
-        fork = [Message("user", users[i][0]), Message("assistant", measured.replies[i][0])]
-        fork.append(Message("user", constraint.probe.question))
-        assert asked[i] == float(constraint.recalled(reply(*tiny, [fork])[0]))
+            expected[0, i, t], expected[1, i, t] = constraint.obeyed(text), plan.right(t, text)
+        assert measured.replies[i] == [m.content for m in messages[1::2]]
+    torch.testing.assert_close(torch.stack(measured[:3]), expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("forced", [tiny_gatt.neutral, tiny_gatt.competing])
@@ -310,7 +269,6 @@ def test_a_template_that_instructs_is_refused_and_quoted(tiny):
     ("make", "message"),
     [
         (lambda: gatt.Plan((CHESS,), " ", ("Q?",)), "the instruction is empty"),
-        (lambda: gatt.Plan((CHESS,), "Hobby: chess.", ()), "without a user message"),
         (
             lambda: gatt.Plan((Constraint("json", ""), Constraint("capitals", "")), "x", ("Q?",)),
             "contradict each other",

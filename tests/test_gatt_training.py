@@ -26,7 +26,7 @@ from steerkit.files import DATA, data_file
 from steerkit.gatt import dialogues as gatt
 from steerkit.gatt import training
 from steerkit.gatt.evaluation import adherence_by_turn
-from steerkit.gatt.training import IGNORED, Settings, check_rows, make_trainer, train
+from steerkit.gatt.training import Settings, make_trainer, train
 from steerkit.lab import cli
 from steerkit.tiny import gatt as tiny_gatt
 from steerkit.tiny.world import answer
@@ -61,10 +61,6 @@ def samples(n=8, turns=5):
 ROWS = gatt.make_rows(samples(), per_dialogue=2)
 
 
-def messages_of(*parts):
-    return [Message(**message) for part in parts for message in part]
-
-
 def test_only_the_last_reply_carries_loss_in_every_row(tiny, tmp_path):
     """TRL's own labels against the dialogue rendered here: -100 on all that comes before."""
     rows = gatt.make_rows(samples(24), per_dialogue=3)
@@ -72,10 +68,10 @@ def test_only_the_last_reply_carries_loss_in_every_row(tiny, tmp_path):
     assert len(trainer.train_dataset) == len(rows) == 72
     tokenised = {tuple(row["input_ids"]): row["labels"] for row in trainer.train_dataset}
     for row in rows:
-        before = prompt_ids(tiny[1], messages_of(row["prompt"]))
-        whole = dialogue_ids(tiny[1], messages_of(row["prompt"], row["completion"]))
+        before = prompt_ids(tiny[1], row["prompt"])
+        whole = dialogue_ids(tiny[1], row["prompt"] + row["completion"])
         labels = tokenised[tuple(whole)]  # the row is there, and whole
-        assert labels == [IGNORED] * len(before) + whole[len(before) :]
+        assert labels == [-100] * len(before) + whole[len(before) :]
         text = tiny[1].decode(labels[len(before) :], skip_special_tokens=True)
         assert text == row["completion"][0]["content"]
 
@@ -85,28 +81,23 @@ def test_the_other_arm_supervises_every_assistant_turn_and_nothing_else(tiny, tm
     trainer = make_trainer(small_model(tiny[1]), tiny[1], rows, out=tmp_path, settings=SMALL)
     for row in trainer.train_dataset:
         pairs = zip(row["input_ids"], row["labels"], strict=True)
-        supervised = tiny[1].decode([i for i, label in pairs if label != IGNORED])
+        supervised = tiny[1].decode([i for i, label in pairs if label != -100])
         texts = tiny[1].decode(row["input_ids"]).split("<|assistant|>")[1:]
         assert supervised.split("<|end|>")[:-1] == [text.split("<|end|>")[0] for text in texts]
 
 
-def test_a_row_that_is_cut_dropped_or_silent_is_an_error(tiny, tmp_path):
-    settings = replace(SMALL, max_length=64)
-    with pytest.raises(ValueError, match=r"max_length is 64: the end would be cut off"):
-        train(small_model(tiny[1]), tiny[1], ROWS, out=tmp_path, settings=settings)
-    row = {"input_ids": [1, 2], "labels": [IGNORED, 2]}
-    check_rows([row, row], ROWS[:2], 2)
-    with pytest.raises(ValueError, match="1 of 2 rows were dropped"):
-        check_rows([row], ROWS[:2], 2)
-    with pytest.raises(ValueError, match="row 0 carries no loss"):
-        check_rows([row | {"labels": [IGNORED] * 2}], ROWS[:1], 2)
+def test_no_rows_and_a_row_longer_than_the_models_positions_are_refused(tiny, tmp_path):
+    model = small_model(tiny[1])
+    model.config.max_position_embeddings = 64
+    with pytest.raises(ValueError, match=r"a row has \d+ tokens, the model 64: sample fewer turns"):
+        train(model, tiny[1], ROWS, out=tmp_path, settings=SMALL)
     with pytest.raises(ValueError, match="no rows to train on"):
-        make_trainer(None, None, [], out=Path(), settings=SMALL)
+        train(model, tiny[1], [], out=tmp_path, settings=SMALL)
 
 
 def test_a_model_trained_twice_is_what_its_folder_loads_as(tiny, tmp_path):
     """The same folder again is refused; another one holds an adapter of the trained model."""
-    tokenizer, ids = tiny[1], torch.tensor([prompt_ids(tiny[1], messages_of(ROWS[0]["prompt"]))])
+    tokenizer, ids = tiny[1], torch.tensor([prompt_ids(tiny[1], ROWS[0]["prompt"])])
     small_model(tokenizer).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     model, _ = steerkit.load(tmp_path / "base", device="cpu")
@@ -146,8 +137,8 @@ def test_dpo_raises_the_chosen_replys_chances_over_the_rejected_ones(tiny, tmp_p
     rows = [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": no} for r in ROWS]
 
     def mean_logprob(m, row, key):
-        ids = torch.tensor([dialogue_ids(tokenizer, messages_of(row["prompt"], row[key]))])
-        start = len(prompt_ids(tokenizer, messages_of(row["prompt"])))
+        ids = torch.tensor([dialogue_ids(tokenizer, row["prompt"] + row[key])])
+        start = len(prompt_ids(tokenizer, row["prompt"]))
         with torch.no_grad():
             logprobs = m(ids).logits[0, start - 1 : -1].log_softmax(-1)
         return logprobs.gather(1, ids[0, start:, None]).mean().item()
@@ -316,25 +307,19 @@ def test_an_adapter_that_is_not_merged_is_mapped_and_steered_like_the_merged_mod
 # A chat model of one's own
 
 
-@pytest.fixture
-def hub_style(tiny, tmp_path):
-    """A directory as from the hub: random weights, and a chat template that adds a system text."""
-    tokenizer = deepcopy(tiny[1])
+def test_notebook_01_runs_on_a_model_directory(tiny, tmp_path):
+    """The path of the gpu profile, with random weights: real constraints, and a chat template whose
+    system text is replaced; nothing stored is read."""
+    tokenizer, hub = deepcopy(tiny[1]), tmp_path / "hub"
     tokenizer.add_special_tokens(
         {"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"}
     )
-    tokenizer.chat_template = (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n" + CHATML
-    )
-    small_model(tokenizer).save_pretrained(tmp_path / "hub")
-    tokenizer.save_pretrained(tmp_path / "hub")
-    return tmp_path / "hub"
-
-
-def test_notebook_01_runs_on_a_model_directory(hub_style, tmp_path):
-    """The path of the gpu profile: real constraints, the template replaced, nothing stored read."""
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    tokenizer.chat_template = system + CHATML
+    small_model(tokenizer).save_pretrained(hub)
+    tokenizer.save_pretrained(hub)
     out = tmp_path / "runs"
-    options = f"--only 01 --profile smoke --model {hub_style} --out {out}"
+    options = f"--only 01 --profile smoke --model {hub} --out {out}"
     assert cli.main(["run", *options.split()]) == 0
     claims = out.glob("smoke/01_gatt_training/*.claim.json")
-    assert {json.loads(p.read_text())["model"] for p in claims} == {str(hub_style)}
+    assert {json.loads(p.read_text())["model"] for p in claims} == {str(hub)}

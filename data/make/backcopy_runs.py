@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import save
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel as Model
 
 from steerkit.files import write_bytes, write_text
 from steerkit.streaming import backcopy
@@ -21,12 +21,12 @@ LOG_EVERY = 50  # steps
 def store_run(name: str, seed: int, out: Path) -> None:
     """Train RUNS[name] into out/<name>-seed<seed>/."""
     recipe = replace(backcopy.RUNS[name], seed=seed)
-    folder = out / backcopy.folder_name(name, seed)
+    folder = out / f"{name.replace(' ', '_')}-seed{seed}"
     if (folder / "log.jsonl").exists():  # written last
         return
     snapshots = backcopy.SNAPSHOTS if (name, seed) == ("learnable sink", 0) else ()
 
-    def store(step: int, model: PreTrainedModel) -> None:
+    def store(step: int, model: Model) -> None:
         if step in snapshots or step == recipe.steps:
             weights = {key: p.detach().half() for key, p in model.named_parameters()}
             write_bytes(folder / f"step-{step}.safetensors", save(weights))

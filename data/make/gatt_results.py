@@ -28,9 +28,9 @@ from steerkit.gatt.dialogues import (
     Row,
     Sample,
     Tokenizer,
+    choose_replies,
     history,
     make_all_turns_rows,
-    make_pairs,
     make_rows,
     sample_dialogues,
 )
@@ -66,7 +66,33 @@ def all_turns(_: Model, __: Tokenizer, samples: Sequence[Sample], seed: int) -> 
 
 
 def pairs(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], seed: int) -> list[Row]:
-    return make_pairs(model, tokenizer, samples, seed=seed)
+    """DPO's rows {"prompt", "chosen", "rejected"}, with GAtt's prompts.
+
+    Chosen is the verified reply that was sampled with the instruction repeated. Rejected is the
+    model's reply when it reads the instruction in the first message only, if that reply fails.
+    Without an instruction nothing fails. There the rejected reply follows the instruction of
+    another dialogue, slipped into the last message; otherwise DPO would only ever learn to obey.
+    """
+    rng = random.Random(seed)
+    instructions = [s.plan.instruction for s in samples if s.plan.instruction]
+    replies, rows = choose_replies(samples, seed=seed), make_rows(samples, seed=seed)
+    prompts = []
+    for (sample, _), row in zip(replies, rows, strict=True):
+        *before, last = row["prompt"]
+        if instructions and not sample.plan.instruction:
+            last = last | {"content": f"{rng.choice(instructions)} {last['content']}"}
+        prompts.append([*before, last])
+    lapses = reply(model, tokenizer, prompts, max_new_tokens=48, batch=32)
+    return [
+        {
+            "prompt": row["prompt"],
+            "chosen": row["completion"],
+            "rejected": [{"role": "assistant", "content": lapse}],
+        }
+        for (sample, turn), row, lapse in zip(replies, rows, lapses, strict=True)
+        if lapse != sample.replies[turn]
+        and not (sample.plan.constraints and sample.plan.verified(turn, lapse))
+    ]
 
 
 def seen_families(_: Model, __: Tokenizer, samples: Sequence[Sample], seed: int) -> list[Row]:

@@ -8,7 +8,7 @@ Axes: N dialogues, K candidates of each reply.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -18,11 +18,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from steerkit.chat import BatchedChat, Message, check_template, reply
+from steerkit.chat import BatchedChat, Message, check_template
 from steerkit.constraints import Constraint, Question, check_together
 
 Row = dict[str, list[dict[str, str]]]
-Reward = Callable[[str, str], float]
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,6 @@ class Plan:
     def __post_init__(self) -> None:
         if self.constraints and not self.instruction.strip():
             raise ValueError("the instruction is empty: say what the constraints ask for")
-        if not self.questions:
-            raise ValueError("a dialogue without a user message: give at least one question")
         check_together(self.constraints)
         questions = (Question(q, "", "", "") if isinstance(q, str) else q for q in self.questions)
         object.__setattr__(self, "questions", tuple(questions))
@@ -75,6 +72,20 @@ class Sample(NamedTuple):
     verified: tuple[bool, ...]
 
 
+def user_turns(
+    plans: Sequence[Plan], dialogues: Sequence[list[Message]], *, every: bool
+) -> Iterator[tuple[int, list[int]]]:
+    """Turn by turn, append the user's next message to each dialogue whose plan has one.
+
+    Yields the turn (from 0) and the indices of these dialogues. The caller appends the replies.
+    """
+    for turn in range(max(len(plan.questions) for plan in plans)):
+        active = [i for i, plan in enumerate(plans) if turn < len(plan.questions)]
+        for i in active:
+            dialogues[i].append(Message("user", plans[i].message(turn, every=every)))
+        yield turn, active
+
+
 # Rejection sampling
 
 
@@ -87,14 +98,12 @@ def sample_dialogues(
     temperature: float = 0.7,
     max_new_tokens: int = 48,
     batch: int = 32,
-    reward: Reward | None = None,
     seed: int = 0,
 ) -> list[Sample]:
     """Rejection sampling: the best of `candidates` replies to each of the plans' user messages.
 
-    The instruction leads every user message. A reply that its verifier passes beats one that fails;
-    among equals the higher `reward(message, reply)` decides, then the earlier candidate. One
-    `generate` holds `batch` dialogues with all their candidates.
+    The instruction leads every user message. The first reply that its verifier passes is chosen;
+    if none passes, the first one. One `generate` holds `batch` dialogues with all their candidates.
     Raises ValueError for `candidates` < 1, and for a tokenizer without a fit chat template.
 
     Several GPUs, under `accelerate launch` (`PartialState` and `gather_object` are Accelerate's):
@@ -120,9 +129,7 @@ def sample_dialogues(
         draw = partial(chat.reply, max_new_tokens=max_new_tokens, temperature=temperature)
         with torch.random.fork_rng():
             torch.manual_seed(seed * 1_000_003 + start)
-            samples += _sample_batch(
-                draw, chat.select, plans[start : start + batch], candidates, reward
-            )
+            samples += _sample_batch(draw, chat.select, plans[start : start + batch], candidates)
     return samples
 
 
@@ -131,35 +138,25 @@ def _sample_batch(
     select: Callable[[list[int]], None],
     plans: Sequence[Plan],
     candidates: int,
-    reward: Reward | None,
 ) -> list[Sample]:
     """`draw` gives one sampled reply to each dialogue; `select` says which of them go on."""
     dialogues: list[list[Message]] = [[] for _ in plans]
-    verified: list[list[bool]] = [[] for _ in plans]
-    for turn in range(max(len(plan.questions) for plan in plans)):
-        active = [i for i, plan in enumerate(plans) if turn < len(plan.questions)]
-        for i in active:
-            dialogues[i].append(Message("user", plans[i].message(turn, every=True)))
+    for turn, active in user_turns(plans, dialogues, every=True):
         replies = draw([dialogues[i] for i in active for _ in range(candidates)])
-
         chosen = []  # of the drawn replies, each once for every candidate of the next turn
-        for first, i in zip(range(0, len(replies), candidates), active, strict=True):
-            group, message = replies[first : first + candidates], plans[i].questions[turn].text
-            scores = [
-                (plans[i].verified(turn, text), reward(message, text) if reward else 0.0)
-                for text in group
-            ]
-            best = scores.index(max(scores))  # the first of equals
-            verified[i].append(scores[best][0])
-            dialogues[i].append(Message("assistant", group[best]))
-            if turn + 1 < len(plans[i].questions):
-                chosen += [first + best] * candidates
-        if chosen:
-            select(chosen)
-    return [
-        Sample(plan, tuple(m.content for m in messages[1::2]), tuple(passed))
-        for plan, messages, passed in zip(plans, dialogues, verified, strict=True)
-    ]
+        for n, i in enumerate(active):
+            group = range(n * candidates, (n + 1) * candidates)
+            best = next((k for k in group if plans[i].verified(turn, replies[k])), group[0])
+            dialogues[i].append(Message("assistant", replies[best]))
+            chosen += [best] * candidates
+        select(chosen)
+
+    samples = []
+    for plan, messages in zip(plans, dialogues, strict=True):
+        replies = tuple(m.content for m in messages[1::2])
+        verified = tuple(plan.verified(turn, text) for turn, text in enumerate(replies))
+        samples.append(Sample(plan, replies, verified))
+    return samples
 
 
 # Training data
@@ -175,14 +172,12 @@ def history(sample: Sample, turn: int, *, every: bool = False) -> list[Message]:
     return [*messages, Message("user", sample.plan.message(turn, every=every))]
 
 
-def make_rows(
-    samples: Sequence[Sample], *, per_dialogue: int = 6, first: int = 1, seed: int = 0
-) -> list[Row]:
+def make_rows(samples: Sequence[Sample], *, per_dialogue: int = 6, seed: int = 0) -> list[Row]:
     """GAtt's training rows: {"prompt": history, "completion": the reply at one turn}.
 
-    Each dialogue gives `per_dialogue` rows, cut at its probes and at random turns from `first` on
-    (0 is the first turn). TRL puts no loss on a prompt, so all earlier turns, assistant messages
-    included, carry none. Only verified replies are taught.
+    Each dialogue gives `per_dialogue` rows, cut at its probes and at random turns after the first.
+    TRL puts no loss on a prompt, so all earlier turns, assistant messages included, carry none.
+    Only verified replies are taught.
 
     >>> import steerkit
     >>> from steerkit.constraints import Constraint
@@ -195,10 +190,12 @@ def make_rows(
     >>> row["completion"]
     [{'role': 'assistant', 'content': 'Rome. I love chess.'}]
     """
-    return [
-        {"prompt": _dicts(history(sample, turn)), "completion": _reply(sample.replies[turn])}
-        for sample, turn in _choose_replies(samples, per_dialogue, first, seed)
-    ]
+    rows = []
+    for sample, turn in choose_replies(samples, per_dialogue=per_dialogue, seed=seed):
+        prompt = [message._asdict() for message in history(sample, turn)]
+        completion = [Message("assistant", sample.replies[turn])._asdict()]
+        rows.append({"prompt": prompt, "completion": completion})
+    return rows
 
 
 def make_all_turns_rows(rows: Sequence[Row]) -> list[Row]:
@@ -209,63 +206,16 @@ def make_all_turns_rows(rows: Sequence[Row]) -> list[Row]:
     return [{"messages": row["prompt"] + row["completion"]} for row in rows]
 
 
-def make_pairs(
-    model: Model,
-    tokenizer: Tokenizer,
-    samples: Sequence[Sample],
-    *,
-    per_dialogue: int = 6,
-    first: int = 1,
-    seed: int = 0,
-    max_new_tokens: int = 48,
-) -> list[Row]:
-    """DPO's rows {"prompt", "chosen", "rejected"}, with GAtt's prompts.
-
-    Chosen is the verified reply that was sampled with the instruction repeated. Rejected is the
-    model's reply when it reads the instruction in the first message only, if that reply fails.
-    Without an instruction nothing fails. There the rejected reply follows the instruction of
-    another dialogue, slipped into the last message; otherwise DPO would only ever learn to obey.
-    """
-    rng, replies = random.Random(seed), _choose_replies(samples, per_dialogue, first, seed)
-    instructions = [s.plan.instruction for s in samples if s.plan.instruction]
-    prompts = [history(sample, turn) for sample, turn in replies]
-    tempting = [
-        messages
-        if sample.plan.instruction or not instructions
-        else [*messages[:-1], Message("user", f"{rng.choice(instructions)} {messages[-1].content}")]
-        for (sample, _), messages in zip(replies, prompts, strict=True)
-    ]
-    lapses = reply(model, tokenizer, tempting, max_new_tokens=max_new_tokens, batch=32)
-    return [
-        {
-            "prompt": _dicts(messages),
-            "chosen": _reply(sample.replies[turn]),
-            "rejected": _reply(lapse),
-        }
-        for (sample, turn), messages, lapse in zip(replies, prompts, lapses, strict=True)
-        if lapse != sample.replies[turn]
-        and not (sample.plan.constraints and sample.plan.verified(turn, lapse))
-    ]
-
-
-def _choose_replies(
-    samples: Sequence[Sample], per_dialogue: int, first: int, seed: int
+def choose_replies(
+    samples: Sequence[Sample], *, per_dialogue: int = 6, seed: int = 0
 ) -> list[tuple[Sample, int]]:
     """Verified replies to teach, shuffled: (dialogue, turn)."""
     rng, chosen = random.Random(seed), []
     for sample in samples:
-        turns = [t for t in range(first, len(sample.replies)) if sample.verified[t]]
+        turns = [t for t in range(1, len(sample.replies)) if sample.verified[t]]
         probes = [t for t in turns if t in sample.plan.probes][:per_dialogue]
         others = [t for t in turns if t not in probes]
         more = rng.sample(others, min(per_dialogue - len(probes), len(others)))
         chosen += [(sample, t) for t in probes + more]
     rng.shuffle(chosen)
     return chosen
-
-
-def _dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [m._asdict() for m in messages]
-
-
-def _reply(text: str) -> list[dict[str, str]]:
-    return _dicts([Message("assistant", text)])

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from steerkit.chat import BatchedChat, Message
-from steerkit.gatt.dialogues import Model, Plan, Tokenizer
+from steerkit.gatt.dialogues import Model, Plan, Tokenizer, user_turns
 
 Forced = Callable[[Plan, int], str]
 Answer = Callable[[Sequence[Sequence[Message]]], list[str]]
@@ -61,74 +61,49 @@ def adherence_by_turn(
     >>> steerkit.adherence_by_turn(model, tokenizer, [plan]).obeyed
     tensor([[1., 0., 0.]])
     """
-    recalled: list[Tensor] = []
-    replies: list[list[str]] = []
+    replies: list[list[str]] = [[] for _ in plans]
+    recalled = [[torch.nan] * len(plan.questions) for plan in plans]
     for start in tqdm(range(0, len(plans), batch), unit="batch", delay=2, leave=False):
-        chat = BatchedChat(model, tokenizer)
-        played = _play(
-            partial(chat.reply, max_new_tokens=max_new_tokens),
-            plans[start : start + batch],
-            every=every,
-            forced=forced,
-            probe_turns=probe_turns,
-        )
-        recalled += played[0]
-        replies += played[1]
-    pairs = list(zip(plans, replies, strict=True))
-    obeyed = [
-        [all(c.obeyed(text) for c in plan.constraints) for text in own] for plan, own in pairs
-    ]
-    right = [[plan.right(turn, text) for turn, text in enumerate(own)] for plan, own in pairs]
+        answer = partial(BatchedChat(model, tokenizer).reply, max_new_tokens=max_new_tokens)
+        part = plans[start : start + batch]
+        dialogues: list[list[Message]] = [[] for _ in part]
+        for turn, active in user_turns(part, dialogues, every=every):
+            if turn + 1 in probe_turns:
+                probed = [(part[i], dialogues[i]) for i in active]
+                for i, score in zip(active, _recall(answer, probed, turn), strict=True):
+                    recalled[start + i][turn] = score
+            texts = answer([dialogues[i] for i in active])
+            for i, text in zip(active, texts, strict=True):
+                replies[start + i].append(text)
+                written = forced(part[i], turn) if forced else text
+                dialogues[i].append(Message("assistant", written))
+
+    obeyed, right = [], []
+    for plan, texts in zip(plans, replies, strict=True):
+        obeyed.append([all(c.obeyed(text) for c in plan.constraints) for text in texts])
+        right.append([plan.right(turn, text) for turn, text in enumerate(texts)])
     return Adherence(_ragged(obeyed), _ragged(right), _ragged(recalled), replies)
 
 
-def _ragged(rows: Sequence[Sequence[bool] | Tensor]) -> Tensor:
-    """(N, T) of rows of different lengths, NaN after the end of each."""
-    tensors = [torch.as_tensor(row, dtype=torch.float32) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_value=torch.nan)
-
-
-def _play(
-    answer: Answer,
-    plans: Sequence[Plan],
-    *,
-    every: bool,
-    forced: Forced | None,
-    probe_turns: Sequence[int],
-) -> tuple[list[Tensor], list[list[str]]]:
-    """One batch of dialogues: `recalled` of each, (its turns,), and its replies."""
-    dialogues: list[list[Message]] = [[] for _ in plans]
-    replies: list[list[str]] = [[] for _ in plans]
-    recalled = [torch.full((len(plan.questions),), torch.nan) for plan in plans]
-    for turn in range(max(len(plan.questions) for plan in plans)):
-        active = [i for i, plan in enumerate(plans) if turn < len(plan.questions)]
-        if turn + 1 in probe_turns:
-            asked = [(plans[i], dialogues[i]) for i in active]
-            for i, score in zip(active, _recall(answer, asked, turn, every), strict=True):
-                recalled[i][turn] = score
-        for i in active:
-            dialogues[i].append(Message("user", plans[i].message(turn, every=every)))
-        texts = answer([dialogues[i] for i in active])
-        for i, text in zip(active, texts, strict=True):
-            replies[i].append(text)
-            dialogues[i].append(Message("assistant", forced(plans[i], turn) if forced else text))
-    return recalled, replies
-
-
 def _recall(
-    answer: Answer, dialogues: Sequence[tuple[Plan, list[Message]]], turn: int, every: bool
+    answer: Answer, dialogues: Sequence[tuple[Plan, list[Message]]], turn: int
 ) -> list[float]:
     """On a fork of each dialogue: does the answer to the recall probe name the value?"""
-    probed = [next((c for c in plan.constraints if c.probe), None) for plan, _ in dialogues]
+    constraints = [next((c for c in plan.constraints if c.probe), None) for plan, _ in dialogues]
     forks = []
-    for (plan, messages), constraint in zip(dialogues, probed, strict=True):
-        text = plan.message(turn, every=every)  # without a probe any message keeps the batch whole
+    for (plan, messages), constraint in zip(dialogues, constraints, strict=True):
+        text = messages[-1].content  # without a probe any message keeps the batch whole
         if constraint is not None:
-            text = constraint.probe.question
-            text = f"{plan.instruction} {text}" if every or turn == 0 else text
-        forks.append([*messages, Message("user", text)])
-    answers = zip(probed, answer(forks), strict=True)
+            text = text.removesuffix(plan.questions[turn].text) + constraint.probe.question
+        forks.append([*messages[:-1], Message("user", text)])
+    answers = zip(constraints, answer(forks), strict=True)
     return [torch.nan if c is None else float(c.recalled(text)) for c, text in answers]
+
+
+def _ragged(scores: Sequence[Sequence[float]]) -> Tensor:
+    """(N, T) of score lists of different lengths, NaN after the end of each."""
+    tensors = [torch.tensor(line, dtype=torch.float32) for line in scores]
+    return pad_sequence(tensors, batch_first=True, padding_value=torch.nan)
 
 
 # Summaries

@@ -20,8 +20,6 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from steerkit.chat import check_template
 from steerkit.gatt.dialogues import Row
 
-IGNORED = -100  # the label of a token without loss
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -37,7 +35,6 @@ class Settings:
     batch: int = 8
     warmup: int = 10
     rank: int = 12
-    max_length: int | None = None
     save_every: int = 20
     seed: int = 0
     beta: float = 0.1
@@ -54,13 +51,13 @@ def train(
     resume: bool = False,
 ) -> tuple[Model, list[dict[str, float]]]:
     """Train on GAtt rows (`make_rows`), on all assistant turns (`make_all_turns_rows`), or on DPO
-    pairs (`make_pairs`), told apart by their keys; returns the model and the log (loss in nats).
+    pairs (dicts of "prompt", "chosen", "rejected"); returns the model and the log (loss in nats).
 
     `model` is trained in place. LoRA's weights are merged into it, and saved to `out`; from then on
     `out` is the model's name, as after `load(out)`. Checkpoints go to `out` too; `resume` goes on
     from the newest one, as TRL does, with the same model, rows and settings.
     Raises ValueError for an `out` that holds a training unless `resume`, for a `resume` with
-    another base, and for an SFT row longer than `max_length` or than the model's positions.
+    another base, and for an SFT row longer than the model's positions.
 
     Works under `accelerate launch`. Two processes without a GPU are `ACCELERATE_USE_CPU=true
     accelerate launch --multi_gpu --num_processes 2`: with `--cpu` it starts one.
@@ -78,8 +75,15 @@ def train(
     """
     check_template(tokenizer)
     checkpoint = get_last_checkpoint(out) if Path(out).is_dir() else None
-    if checkpoint is not None:
-        _check_resume(checkpoint, model, resume=resume)
+    if checkpoint is not None and not resume:
+        raise ValueError(f"{checkpoint} is there already: go on with resume=True, or elsewhere")
+    if checkpoint is not None and settings.rank:
+        base = PeftConfig.from_pretrained(checkpoint).base_model_name_or_path
+        if (base or "") != model.name_or_path:
+            raise ValueError(
+                f"{checkpoint} is an adapter of {base!r}, and the model is {model.name_or_path!r}: "
+                "resume with the model that the training began with, loaded anew"
+            )
     trainer = make_trainer(model, tokenizer, rows, out=out, settings=settings)
     with _quiet():
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -90,22 +94,6 @@ def train(
         trained = trained.merge_and_unload()
     trained.name_or_path = trained.config.name_or_path = str(out)
     return trained.eval(), log
-
-
-def _check_resume(checkpoint: str, model: Model, *, resume: bool) -> None:
-    """ValueError unless the checkpoint is to be resumed, and its adapter is one of this model."""
-    if not resume:
-        raise ValueError(
-            f"{checkpoint} is there already: give another folder, or go on with resume=True; load "
-            "the base anew, because it was trained in place"
-        )
-    if (Path(checkpoint) / "adapter_config.json").exists():
-        base = PeftConfig.from_pretrained(checkpoint).base_model_name_or_path
-        if (base or "") != model.name_or_path:
-            raise ValueError(
-                f"{checkpoint} is an adapter of {base!r}, and the model is {model.name_or_path!r}: "
-                "resume with the model that the training began with, loaded anew"
-            )
 
 
 @contextmanager
@@ -125,7 +113,7 @@ def _quiet() -> Iterator[None]:
 def make_trainer(
     model: Model, tokenizer: Tokenizer, rows: Sequence[Row], *, out: Path, settings: Settings
 ) -> Trainer:
-    """TRL's trainer for these rows, its tokenised rows checked: none truncated, none dropped."""
+    """TRL's trainer for these rows, which it has tokenised: `train_dataset` shows the labels."""
     if not rows:
         raise ValueError("no rows to train on: did every sampled reply fail its verifier?")
     pairs, cuda = "rejected" in rows[0], model.device.type == "cuda"
@@ -142,7 +130,7 @@ def make_trainer(
         "save_total_limit": 2,
         "logging_steps": max(1, settings.steps // 10),
         "seed": settings.seed,
-        "max_length": None,  # TRL cuts the end off, which is the reply: check_rows refuses instead
+        "max_length": None,  # TRL would cut the end off, which is the reply
         "bf16": cuda and torch.cuda.is_bf16_supported(),
         "use_cpu": model.device.type == "cpu",
         "train_sampling_strategy": "group_by_length" if grouped else "random",
@@ -166,23 +154,7 @@ def make_trainer(
     config = SFTConfig(**common, assistant_only_loss="messages" in rows[0])
     trainer = SFTTrainer(model, args=config, **options)
     positions = getattr(model.config, "max_position_embeddings", None) or 10**9
-    limit = min(settings.max_length or positions, positions)
-    check_rows(trainer.train_dataset, rows, limit)
+    longest = max(len(row["input_ids"]) for row in trainer.train_dataset)
+    if longest > positions:
+        raise ValueError(f"a row has {longest} tokens, the model {positions}: sample fewer turns")
     return trainer
-
-
-def check_rows(tokenised: Sequence[dict[str, list[int]]], rows: Sequence[Row], limit: int) -> None:
-    """ValueError unless each row is there, whole, and has a supervised token."""
-    if len(tokenised) != len(rows):
-        raise ValueError(f"{len(rows) - len(tokenised)} of {len(rows)} rows were dropped by TRL")
-    for i, row in enumerate(tokenised):
-        tokens = len(row["input_ids"])
-        supervised = sum(label != IGNORED for label in row["labels"])
-        if tokens > limit:
-            raise ValueError(
-                f"row {i} has {tokens} tokens ({supervised} of them the reply), max_length is "
-                f"{limit}: the end would be cut off, and that is the reply; sample fewer turns, or "
-                "raise it"
-            )
-        if supervised == 0:
-            raise ValueError(f"row {i} carries no loss: is its last reply empty?")

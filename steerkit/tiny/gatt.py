@@ -94,11 +94,10 @@ def make_plan(
         unstated = [p for f in FAMILIES if (p := Constraint(f, "").probe)]
         asked = [Question(p.question, "", "", p.answer_without) for p in rng.sample(unstated, 2)]
         instruction = ""
-    if not probes:
-        return Plan(tuple(constraints), instruction, tuple(questions))
-    # Weighted, without replacement: Efraimidis and Spirakis, 2006.
-    by_chance = sorted(range(1, turns), key=lambda t: rng.random() ** (1 / t), reverse=True)
-    at = by_chance[: len(asked)]
+    at = []
+    if probes:  # weighted, without replacement: Efraimidis and Spirakis, 2006
+        by_chance = sorted(range(1, turns), key=lambda t: rng.random() ** (1 / t), reverse=True)
+        at = by_chance[: len(asked)]
     for turn, question in zip(at, asked, strict=False):
         questions[turn] = question
     return Plan(tuple(constraints), instruction, tuple(questions), tuple(sorted(at)))
@@ -135,11 +134,8 @@ def evaluation_plans(
     """`n` dialogues of one instruction for each family that has such values."""
     rng = random.Random(f"evaluation {seed} {held_out}")
     fit = [f for f in families or _FAMILIES[table] if split_values(f, table)[held_out]]
-    drawn = [
-        draw_constraints(rng, families=[family], held_out=held_out, table=table)
-        for family in fit
-        for _ in range(n)
-    ]
+    options = {"held_out": held_out, "table": table}
+    drawn = [draw_constraints(rng, families=[f], **options) for f in fit for _ in range(n)]
     ask = question_for if table == "world" else real_question
     return [make_plan(rng, constraints, turns=turns, ask=ask) for constraints in drawn]
 
@@ -151,10 +147,9 @@ def mixed_plans(n: int, *, turns: int, seed: str) -> list[Plan]:
     drawn = [Constraint(f, rng.choice(values(f))) for f in FAMILIES for _ in range(per_family)]
     rng.shuffle(drawn)
     plans = []
-    for constraint in drawn[:n]:
-        instruction = instruct(rng, [constraint])
-        questions = tuple(question_for(rng, [constraint]) for _ in range(turns))
-        plans.append(Plan((constraint,), instruction, questions))
+    for c in drawn[:n]:
+        instruction = instruct(rng, [c])
+        plans.append(Plan((c,), instruction, tuple(question_for(rng, [c]) for _ in range(turns))))
     return plans
 
 
@@ -204,15 +199,13 @@ def measure(
 
 def judged(plans: Sequence[Plan], adherence: Adherence) -> pd.DataFrame:
     """One line a reply: family, dialogue, turn (from 1), obeyed, right, recalled (0/1 or NaN)."""
-    lines = [
-        (plan.constraints[0].family, dialogue, turn + 1)
-        for dialogue, plan in enumerate(plans)
-        for turn in range(adherence.obeyed.shape[1])
-    ]
-    scores = {
-        name: getattr(adherence, name).flatten().numpy() for name in ("obeyed", "right", "recalled")
-    }
-    return pd.DataFrame(lines, columns=["family", "dialogue", "turn"]).assign(**scores)
+    N, T = adherence.obeyed.shape
+    index = pd.MultiIndex.from_product([range(N), range(1, T + 1)], names=["dialogue", "turn"])
+    names = ("obeyed", "right", "recalled")
+    scores = {name: getattr(adherence, name).flatten().numpy() for name in names}
+    table = pd.DataFrame(scores, index).reset_index()
+    table.insert(0, "family", [plans[i].constraints[0].family for i in table["dialogue"]])
+    return table
 
 
 def by_dialogue(replies: pd.DataFrame, column: str = "obeyed") -> Tensor:

@@ -16,13 +16,9 @@ from steerkit.chat import Message
 from steerkit.streaming.stream_eval import Fact
 from steerkit.tiny import world
 
-_CHARACTERS = 32  # read per token of a file: no language's mean comes near
-
 
 def text_stream(tokenizer: Tokenizer, text: str, tokens: int | None = None) -> list[int]:
     """The first token, if the tokenizer has one, then `text`: at most `tokens` ids."""
-    if tokens is not None and tokens < 1:
-        raise ValueError(f"tokens={tokens}: expected at least 1")
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return [*first, *tokenizer(text, add_special_tokens=False)["input_ids"]][:tokens]
 
@@ -40,19 +36,18 @@ def file_stream(
 ) -> list[int]:
     """The beginning of a UTF-8 file of any size: `least` to `tokens` ids.
 
-    Raises ValueError in one line for a file that is missing, empty, too short or not UTF-8.
+    Raises ValueError in one line for a file that is missing, too short or not UTF-8.
     """
     try:
         with Path(path).open(encoding="utf-8-sig") as file:
-            text = file.read(_CHARACTERS * tokens)  # a log may be larger than memory
+            # A log may be larger than memory. In no language has a token 32 letters on average.
+            text = file.read(32 * tokens)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; give the path of a text file") from error
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: not UTF-8 ({error.reason} near byte {error.start}); convert it first"
         ) from error
-    if not text.strip():
-        raise ValueError(f"{path}: the file is empty; give one with text in it")
     ids = text_stream(tokenizer, text, tokens)
     if len(ids) < least:
         raise ValueError(f"{path}: {len(ids)} tokens, expected at least {least}; take a longer one")

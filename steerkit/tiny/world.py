@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from steerkit.chat import Message
 from steerkit.constraints import TABLES, Constraint, Question
@@ -60,23 +60,14 @@ def stranger(rng: random.Random, *, held_out: bool = False) -> Person:
 
 def ask(rng: random.Random, name: str, attribute: str) -> str:
     """A question about one attribute."""
-    return rng.choice(_known("attribute", attribute)["ask"]).format(n=name)
+    return rng.choice(TABLES["attributes"][attribute]["ask"]).format(n=name)
 
 
 def say(subject: str, attribute: str, value: str, language: str = "English") -> str:
     """A plain statement of one fact."""
-    words = _known("attribute", attribute)
     if subject in ("they", "They"):
-        return words["they"].format(n=subject, v=value)
-    return _known("language", language)[attribute].format(n=subject, v=value)
-
-
-def _known(kind: str, name: str) -> dict[str, Any]:
-    """The entry of an attribute or a language; ValueError with those that there are."""
-    table = TABLES[f"{kind}s"]
-    if name not in table:
-        raise ValueError(f"{kind}={name!r}: expected one of {', '.join(table)}")
-    return table[name]
+        return TABLES["attributes"][attribute]["they"].format(n=subject, v=value)
+    return TABLES["languages"][language][attribute].format(n=subject, v=value)
 
 
 def answer(subject: str, attribute: str, value: str, constraints: Sequence[Constraint] = ()) -> str:
@@ -188,6 +179,7 @@ def english(*, held_out: bool = False) -> tuple[str, ...]:
 
 
 def _library() -> list[Path]:
+    """The modules of Python's standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "test", "idlelib", "lib2to3", "pydoc_data", "encodings", "turtledemo"}
     files = [*root.glob("*.py"), *root.glob("*/*.py")]
