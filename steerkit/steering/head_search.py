@@ -16,11 +16,10 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +53,7 @@ class HeadTable:
 
     scores: Tensor
     baseline: Tensor
-    about: dict[str, Any]
+    about: dict[str, str | float]
 
     @property
     def mean(self) -> Tensor:
@@ -67,7 +66,7 @@ class HeadTable:
         return (self.scores - self.baseline[:, None, None]).mean(0)
 
     def ranked(self) -> list[Head]:
-        """All scored heads, best first."""
+        """All heads that were scored on all prompts, best first."""
         return rank(self.mean)
 
     def top(self, k: int) -> list[Head]:
@@ -85,14 +84,10 @@ class HeadTable:
 
 def load_table(path: str | Path) -> HeadTable:
     """A table that `save` or `score_heads(path=...)` wrote."""
-    try:
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
-        scores, baseline = torch.tensor(stored["scores"]), torch.tensor(stored["baseline"])
-        return HeadTable(scores, baseline, stored["about"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: not a whole head table ({error}); delete it, or restore a copy"
-        ) from error
+    stored = json.loads(Path(path).read_text(encoding="utf-8"))
+    return HeadTable(
+        torch.tensor(stored["scores"]), torch.tensor(stored["baseline"]), stored["about"]
+    )
 
 
 def rank(mean: Tensor) -> list[Head]:
@@ -102,29 +97,27 @@ def rank(mean: Tensor) -> list[Head]:
     return [head for head in heads if not mean[head].isnan()]
 
 
-def _new_table(model: Model, prompts: Sequence[Prompt], alpha: float, task: str) -> HeadTable:
+def _empty_table(model: Model, prompts: Sequence[Prompt], alpha: float, task: str) -> HeadTable:
+    """All scores are missing; ValueError for prompts and alphas that cannot be scored."""
     check_alpha(alpha)
-    _check_prompts(prompts)
+    if not prompts:
+        raise ValueError("no prompts: the heads are scored on at least one")
+    for i, (ids, spans, answer) in enumerate(prompts):
+        if not spans or any(not 0 <= start < end <= len(ids) for start, end in spans):
+            raise ValueError(
+                f"prompt {i} of {len(ids)} tokens has spans {spans}: expected at least one, and "
+                "0 <= start < end <= length"
+            )
+        if not answer:
+            raise ValueError(
+                f"prompt {i} has no answer: heads are scored by the answer's log-probability; "
+                "give one, or rank by replies with score_heads_by"
+            )
+
     N = len(prompts)
     about = {"model": model.name_or_path, "task": task, "alpha": alpha, "prompts": N}
     scores = torch.full((N, *layer_and_head_counts(model)), torch.nan)
     return HeadTable(scores, torch.full((N,), torch.nan), about)
-
-
-def _check_prompts(prompts: Sequence[Prompt]) -> None:
-    if not prompts:
-        raise ValueError("no prompts: the heads are scored on at least one")
-    for ids, spans, _ in prompts:
-        if not spans or any(not 0 <= start < end <= len(ids) for start, end in spans):
-            raise ValueError(
-                f"spans {spans} of a prompt of {len(ids)} tokens: expected at least one, and "
-                "0 <= start < end <= length"
-            )
-    if empty := [i for i, prompt in enumerate(prompts) if not prompt.answer]:
-        raise ValueError(
-            f"prompts {empty[:5]} have no answer: heads are scored by the answer's "
-            "log-probability; give answers, or rank by replies with score_heads_by"
-        )
 
 
 # --- Algorithm 1 -------------------------------------------------------------------------------
@@ -134,12 +127,19 @@ def naive_scores(
     model: Model, prompts: Sequence[Prompt], *, heads: Heads | None = None, alpha: float = 0.01
 ) -> HeadTable:
     """Algorithm 1 as the paper says it: steer one head after another, one whole forward each."""
-    table = _new_table(model, prompts, alpha, "")
-    score = partial(answer_scores_with_heads, model, prompts, alpha=alpha)
-    table.baseline[:] = score([])
-    for layer, index in _chosen(model, heads):
-        table.scores[:, layer, index] = score([(layer, index)])
+    table = _empty_table(model, prompts, alpha, "")
+    chosen = _in_order(model, heads)
+    layer, index = torch.tensor(chosen).T
+    table.baseline[:], table.scores[:, layer, index] = _one_by_one(model, prompts, chosen, alpha)
     return table
+
+
+def _one_by_one(
+    model: Model, prompts: Sequence[Prompt], heads: Sequence[Head], alpha: float
+) -> tuple[Tensor, Tensor]:
+    """The baseline (N,), and the scores (N, heads)."""
+    score = partial(answer_scores_with_heads, model, prompts, alpha=alpha)
+    return score([]), torch.stack([score([head]) for head in heads], dim=1)
 
 
 @torch.no_grad()
@@ -165,7 +165,7 @@ def score_heads_by(
     """
     baseline = measure(None).float()
     scores = torch.full((len(baseline), *layer_and_head_counts(model)), torch.nan)
-    for head in _chosen(model, heads):
+    for head in _in_order(model, heads):
         scores[:, *head] = measure(partial(emphasise, heads=[head], alpha=alpha)).float()
     return HeadTable(scores, baseline, {"model": model.name_or_path, "alpha": alpha})
 
@@ -202,8 +202,7 @@ def score_heads(
     >>> [str(head) for head in table.ranked()]
     ['L2H0', 'L2H3', 'L0H0']
     """
-    table = _new_table(model, prompts, alpha, task)
-    chosen = _chosen(model, heads)
+    table = _empty_table(model, prompts, alpha, task)
     if path is not None and Path(path).exists():
         earlier = load_table(path)
         if earlier.about != table.about:
@@ -212,7 +211,7 @@ def score_heads(
                 "delete it"
             )
         table = earlier
-    _fill(model, prompts, table, chosen, range(len(prompts)), tokens, path)
+    _fill(model, prompts, table, _in_order(model, heads), range(len(prompts)), tokens, path)
     return table
 
 
@@ -221,7 +220,7 @@ def every_head(layers: int, heads: int) -> list[Head]:
     return [Head(layer, index) for layer in range(layers) for index in range(heads)]
 
 
-def _chosen(model: Model, heads: Heads | None) -> list[Head]:
+def _in_order(model: Model, heads: Heads | None) -> list[Head]:
     """`heads` (None: all) layer by layer, if the model has them."""
     by_layer = heads_by_layer(model, heads)
     return [Head(layer, index) for layer, indices in by_layer.items() for index in indices]
@@ -239,73 +238,69 @@ def _fill(
     """Write the scores of `heads` on the prompts `which` into the table, where they are missing."""
     layer, index = torch.tensor(heads).T
     missing = [i for i in which if table.scores[i, layer, index].isnan().any()]
+    if not missing:
+        return
+    alpha = table.about["alpha"]
+    computes_once = _computing_once_is_exact(model, prompts[missing[0]], heads, alpha)
+
+    # Prompts of similar first span and length go together; all heads of a layer fit in one forward.
     tokens = tokens or _TOKENS.get(model.device.type, _TOKENS_ELSEWHERE)
-    writes = path is not None and os.environ.get("RANK", "0") == "0"
-    batches = list(_batches(prompts, missing, tokens // table.scores.shape[2]))
-    for batch in tqdm(_share_of_process(batches), unit="batch", delay=2, leave=False):
-        scorer = PromptBatch(model, [prompts[i] for i in batch], table.about["alpha"])
-        table.baseline[batch] = scorer.baseline
-        table.scores[torch.tensor(batch)[:, None], layer, index] = scorer.scores(heads, tokens)
-        if writes:
-            table.save(path)
-    _gather(table)
-    if writes:
-        table.save(path)
+    missing.sort(key=lambda i: (prompts[i].first // 4, prompts[i].length))
+    longest = max(prompts[i].length - prompts[i].first for i in missing)
+    size = max(1, tokens // table.scores.shape[2] // longest)
+    batches = [missing[start : start + size] for start in range(0, len(missing), size)]
+    saves = path is not None and os.environ.get("RANK", "0") == "0"
+    with _shared_out(batches, table) as share:
+        for batch in tqdm(share, unit="batch", delay=2, leave=False):
+            part = [prompts[i] for i in batch]
+            if computes_once:
+                scorer = PromptBatch(model, part, alpha)
+                baseline, scores = scorer.baseline, scorer.scores(heads, tokens)
+            else:
+                baseline, scores = _one_by_one(model, part, heads, alpha)
+            table.baseline[batch] = baseline
+            table.scores[torch.tensor(batch)[:, None], layer, index] = scores
+            if saves:
+                table.save(path)
+    if saves:
+        table.save(path)  # with the scores of the other processes
 
 
-def _batches(prompts: Sequence[Prompt], which: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Prompts of similar first span and length together, at most `tokens` tokens with padding."""
-    batch: list[int] = []
-    for i in sorted(which, key=lambda i: (prompts[i].first // 4, prompts[i].length)):
-        longer = [*batch, i]
-        width = max(prompts[j].length for j in longer) - min(prompts[j].first for j in longer)
-        if batch and len(longer) * width > tokens:
-            yield batch
-            longer = [i]
-        batch = longer
-    if batch:
-        yield batch
+def _computing_once_is_exact(
+    model: Model, prompt: Prompt, heads: Sequence[Head], alpha: float
+) -> bool:
+    """No where layers exchange more than hidden states (keys of lower layers, for example).
+
+    Asked by doing it: a head of the last layer is scored after one of the first, and naively.
+    """
+    try:
+        scores = PromptBatch(model, [prompt], alpha).scores([heads[0], heads[-1]], tokens=1)
+    except (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError):
+        return False
+    naive = answer_scores_with_heads(model, [prompt], heads[-1:], alpha=alpha)
+    tolerance = 1e-3 if model.dtype.itemsize > 2 else 0.1  # nats
+    return bool((scores[:, 1] - naive).abs() < tolerance)
 
 
-def _share_of_process(batches: list[list[int]]) -> list[list[int]]:
-    """This process's batches, under `accelerate launch`."""
-    if not _several_processes():
-        return batches
+@contextmanager
+def _shared_out(batches: list[list[int]], table: HeadTable) -> Iterator[list[list[int]]]:
+    """This process's batches; at the end all processes' scores are in the table of each."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield batches
+        return
     from accelerate import PartialState
+    from accelerate.utils import gather_object
 
     state = PartialState()
     state.wait_for_everyone()  # all have read the table's file before one writes it
     with state.split_between_processes(batches) as share:
-        return share
-
-
-def _gather(table: HeadTable) -> None:
-    """Put the scores of all processes into the table of each."""
-    if not _several_processes():
-        return
-    from accelerate.utils import gather_object
-
+        yield share
     for scores, baseline in gather_object([(table.scores, table.baseline)]):
         table.scores.copy_(scores.where(~scores.isnan(), table.scores))
         table.baseline.copy_(baseline.where(~baseline.isnan(), table.baseline))
 
 
-def _several_processes() -> bool:
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
-
-
 # --- the screen --------------------------------------------------------------------------------
-
-
-class ScreeningResult(NamedTuple):
-    """`table`: exact scores of the finalists on all prompts, of others on some or none (NaN).
-
-    `slopes` (L,H): the guess. `rounds`: (heads, prompts) that were scored exactly, in turn.
-    """
-
-    table: HeadTable
-    slopes: Tensor
-    rounds: list[tuple[int, int]]
 
 
 def bias_slopes(
@@ -316,8 +311,6 @@ def bias_slopes(
     Steering adds s log(alpha) to a head's scores outside the spans, s from 0 to 1. One backward
     pass gives the slope in s at s = 0 for every head.
     """
-    check_alpha(alpha)
-    _check_prompts(prompts)
     parts = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
     return torch.cat([PromptBatch(model, part, alpha).slopes() for part in parts])
 
@@ -329,37 +322,37 @@ def screen_heads(
     keep: int = 4,
     alpha: float = 0.01,
     tokens: int | None = None,
-) -> ScreeningResult:
+) -> HeadTable:
     """The best `keep` heads, probably: slopes on a quarter of the prompts, then halving.
 
     A twelfth of the heads, at least `keep` + 2, is scored exactly on some prompts. Each round
-    halves the heads and doubles the prompts, until `keep` + 2 heads have met all prompts.
+    halves the heads and doubles the prompts, until `keep` + 2 heads have met all prompts. Only
+    these are ranked in the table; scores that were not computed are NaN.
     """
-    table = _new_table(model, prompts, alpha, "")
+    table = _empty_table(model, prompts, alpha, "")
     N, finalists, heads = len(prompts), keep + 2, table.scores[0].numel()
     if not 1 <= keep <= heads - 2:
         raise ValueError(f"keep={keep}: expected 1 <= keep <= {heads - 2} of {heads} heads")
     order = random.Random("screen 0").sample(range(N), N)
     sample = [prompts[i] for i in order[: max(1, round(_SLOPE_SHARE * N))]]
     slopes = bias_slopes(model, sample, alpha=alpha).mean(0)
-    candidates, rounds, scored = rank(slopes)[: max(finalists, heads // 12)], [], 0
+    candidates, scored = rank(slopes)[: max(finalists, heads // 12)], 0
     halvings = (len(candidates) // finalists).bit_length() - 1
     for halving in reversed(range(halvings + 1)):
         until = max(1, N >> halving)
         _fill(model, prompts, table, sorted(candidates), order[scored:until], tokens)
-        rounds.append((len(candidates), until))
         best = rank(table.scores[order[:until]].mean(0))  # only candidates have no NaN there
         candidates, scored = best[: max(finalists, len(candidates) // 2)], until
-    return ScreeningResult(table, slopes, rounds)
+    return table
 
 
-def screening_regret(screen: ScreeningResult, table: HeadTable, k: int) -> dict[str, float]:
+def screening_regret(screen: HeadTable, table: HeadTable, k: int) -> dict[str, float]:
     """What screening lost against the whole search, at `k` heads.
 
     "found": share of the true top k that is among the screen's. "regret": nats per answer token by
     which the mean score of the screen's heads is below that of the true ones.
     """
-    true, screened, mean = table.top(k), screen.table.top(k), table.mean
+    true, screened, mean = table.top(k), screen.top(k), table.mean
     regret = sum(mean[h].item() for h in true) / k - sum(mean[h].item() for h in screened) / k
     return {"found": len(set(true) & set(screened)) / k, "regret": regret}
 
@@ -369,10 +362,9 @@ def screening_regret(screen: ScreeningResult, table: HeadTable, k: int) -> dict[
 
 def intersection(tables: Iterable[HeadTable], k: int) -> list[Head]:
     """Heads among the top `k` of every table, by mean rank."""
-    tables = list(tables)
-    ranks = [{head: i for i, head in enumerate(table.ranked())} for table in tables]
-    shared = set.intersection(*(set(table.top(k)) for table in tables))
-    return sorted(sorted(shared), key=lambda head: sum(ranking[head] for ranking in ranks))
+    ranked = [table.ranked() for table in tables]
+    shared = set.intersection(*(set(heads[:k]) for heads in ranked))
+    return sorted(shared, key=lambda head: (sum(heads.index(head) for heads in ranked), head))
 
 
 def shared_top_k(tables: Sequence[HeadTable], size: int) -> tuple[list[Head], int]:
@@ -400,8 +392,6 @@ def select_heads(tables: Mapping[str, HeadTable], task: str, size: int) -> dict[
 
 def chance_overlap(n: int, k: int, tasks: int) -> float:
     """Heads that `tasks` random choices of k out of n share on average: n (k/n)^tasks."""
-    if not 0 <= k <= n:
-        raise ValueError(f"k={k}: expected 0 <= k <= n={n}")
     return n * (k / n) ** tasks
 
 

@@ -46,7 +46,7 @@ def key_bias(
     Scores of the spans' keys get `inside` nats, scores of the prompt's other keys get `outside`.
     Keys after the prompt get 0.
     """
-    calls = hook.trace_attention(model, torch.zeros(1, 1, dtype=torch.long))
+    calls = hook.trace_attention(model)
     chosen = heads_by_layer(model, heads)
     prompt = PromptState(spans, inside, outside)
     # Without a bias every layer keeps its stock call, so that the result is bit-equal.

@@ -7,9 +7,10 @@ vocabulary.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -95,8 +96,7 @@ class PromptBatch:
         self.outputs: dict[nn.Module, Any] = {}  # of the decoder layers
         with ExitStack() as stack:
             for layer in _decoder_layers(model, self.calls):
-                handle = layer.register_forward_hook(self._record)
-                stack.callback(handle.remove)
+                stack.enter_context(layer.register_forward_hook(self._record))
             self.baseline = self._scores(self._switch(1), []).cpu()  # (B,)
 
     def _record(self, layer: nn.Module, _: Any, output: Any) -> None:
@@ -141,16 +141,15 @@ class PromptBatch:
 
             return edit
 
-        edits = {self.calls[layer].module: edit_of(switch[layer]) for layer in steered}
-        below = list(self.outputs)[: min(steered, default=0)]
-        known = {layer: _repeated(self.outputs[layer], C) for layer in below}
         n = self.predicted
         inputs = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": n}
-        with (
-            hook.use_attention_function(self.model),
-            hook.attach_to_modules(edits),
-            _returning(known),
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(hook.use_attention_function(self.model))
+            edits = {self.calls[layer].module: edit_of(switch[layer]) for layer in steered}
+            stack.enter_context(hook.attach_to_modules(edits))
+            for layer in list(self.outputs)[: min(steered, default=0)]:
+                known = _returning(_repeated(self.outputs[layer], C))
+                stack.enter_context(patch.object(layer, "forward", known))
             logits = self.model(ids[:, :-1], **inputs).logits
         return answer_scores(logits, ids[:, -n:], target[:, -n:])
 
@@ -162,19 +161,8 @@ def _decoder_layers(model: Model, calls: Sequence[AttentionCall]) -> list[nn.Mod
     return [next(x for x in layers if call.module in list(x.modules())) for call in calls]
 
 
-@contextmanager
-def _returning(outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Layers return `outputs` instead of computing them again."""
-    before = {layer: layer.__dict__.get("forward") for layer in outputs}  # accelerate sets its own
-    try:
-        for layer, output in outputs.items():
-            layer.forward = lambda *_, output=output, **__: output
-        yield
-    finally:
-        for layer, forward in before.items():
-            layer.__dict__.pop("forward", None)
-            if forward is not None:
-                layer.forward = forward
+def _returning(output: Any) -> Callable[..., Any]:
+    return lambda *_, **__: output
 
 
 def _repeated(output: Any, C: int) -> Any:
