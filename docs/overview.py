@@ -102,7 +102,7 @@ def _losses(ax: Axes, values: dict[str, Any]) -> dict[str, Any]:
     lines = {name: np.array(row, dtype=float) for name, row in values[text].items()}
     x = values["position"]
     plots.curves(
-        ax, x, lines, xlabel="position (tokens)", ylabel="loss (nats per token)", logx=True
+        ax, x, lines, xlabel="position (tokens)", ylabel="loss (nats per token)", xscale="log"
     )
     ax.set_ylim(top=1.25 * np.nanmax(lines["dense"]))
     ax.legend(loc="upper center", ncols=2)

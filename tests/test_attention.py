@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from steerkit.attention.hook import (
     AttentionCall,
     attach,
-    attention_modules,
+    trace_attention,
     softmax_off_by_one,
     use_attention_function,
 )
@@ -29,7 +29,7 @@ SERVED = [name for name in CONFIGS if name not in REFUSED]
 
 
 def state_of(model: PreTrainedModel) -> tuple[str, list[str]]:
-    left = [key for m in model.modules() for key in m.__dict__ if key.startswith("_steerkit")]
+    left = [key for m in model.modules() for key in m.__dict__ if key.startswith("steerkit")]
     return model.config._attn_implementation, left
 
 
@@ -129,7 +129,7 @@ def test_nesting_is_refused_and_the_first_edit_stays(llama: PreTrainedModel) -> 
         with pytest.raises(ValueError, match="already attached"), attach(llama, edits):
             pass
         assert state_of(llama) == inside
-    refused = pytest.raises(ValueError, match="already on")
+    refused = pytest.raises(ValueError, match="already attached")
     with softmax_off_by_one(llama), refused, softmax_off_by_one(llama):
         pass
     assert state_of(llama) == ("sdpa", [])
@@ -138,7 +138,7 @@ def test_nesting_is_refused_and_the_first_edit_stays(llama: PreTrainedModel) -> 
 def test_a_layer_that_never_calls_the_function_is_an_error() -> None:
     model = tiny("llama")
     model.config.num_hidden_layers = 3  # as a layer of linear attention would be counted
-    for find in (attention_modules, lambda model: attention_weights(model, tokens(1, 5))):
+    for find in (trace_attention, lambda model: attention_weights(model, tokens(1, 5))):
         with pytest.raises(ValueError, match="2 attention calls of 3 layers"):
             find(model)
 
@@ -146,7 +146,7 @@ def test_a_layer_that_never_calls_the_function_is_an_error() -> None:
 def test_finding_the_layers_leaves_the_random_state_alone() -> None:
     model = tiny("gpt2").train()  # dropout draws random numbers
     before = torch.get_rng_state()
-    attention_modules(model)
+    trace_attention(model)
     assert torch.equal(torch.get_rng_state(), before)
 
 

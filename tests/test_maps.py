@@ -174,7 +174,7 @@ def test_a_recording_inside_a_recording_is_refused(llama: PreTrainedModel) -> No
     def nested(chunk: WeightChunk) -> None:
         attention_map(llama, tokens(1, T), bins=2)
 
-    with pytest.raises(ValueError, match="recorded already"):
+    with pytest.raises(ValueError, match="already attached"):
         record_weights(llama, tokens(1, T), nested)
     assert state_of(llama) == ("sdpa", [])
 
@@ -213,7 +213,7 @@ def test_beyond_its_positions_a_rotary_model_warns_and_learned_ones_end() -> Non
     with pytest.warns(UserWarning, match="150 tokens.*trained on 128 positions"):
         share = span_share(rotary, ids, [(0, 150)])
     torch.testing.assert_close(share, torch.ones(2, 4, 150))
-    with pytest.raises(ValueError, match=r"150 tokens.*GPT2.* 128 learned positions"):
+    with pytest.raises(ValueError, match="150 tokens.* 128 learned positions"):
         attention_map(tiny("gpt2"), ids)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

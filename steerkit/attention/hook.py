@@ -17,15 +17,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import PreTrainedModel as Model
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION_NAME = "steerkit"
-# Keys of a module's `__dict__`. Not attributes: nn.Module's own __setattr__ would be slower.
-_EDIT = "_steerkit_edit"
-_ZERO_SINK = "_steerkit_zero_sink"
-_RECORDER = "_steerkit_recorder"
+# Keys of a module's `__dict__`. The spaces keep them apart from attributes.
+_EDIT, _RECORDER, _ZERO_SINK = "steerkit edit", "steerkit recorder", "steerkit zero sink"
 
 
 @dataclass(frozen=True)
@@ -59,28 +58,27 @@ class AttentionCall:
         call = replace(self, **changes) if changes else self
         if call.recorder is not None:
             call.recorder(call)
-        if not call.zero_sink:
-            return call._sdpa(call.query, call.key, call.value, call.mask)
-        return call._attend_off_by_one()
+        return call._attend_off_by_one() if call.zero_sink else call._sdpa()
 
     def _attend_off_by_one(self) -> Tensor:
         """Softmax-off-by-one is softmax with one more key and value, both zero."""
         front = (0, 0, 1, 0)
-        key, value = F.pad(self.key, front), F.pad(self.value, front)
+        call = replace(self, key=F.pad(self.key, front), value=F.pad(self.value, front))
         if self.mask is None and self.query.shape[2] > 1:
             # A zero query in front keeps the causal diagonal in place, so that the fast kernels
             # without a mask stay available. Its output is dropped.
-            return self._sdpa(F.pad(self.query, front), key, value, None)[:, 1:]
+            return replace(call, query=F.pad(self.query, front))._sdpa()[:, 1:]
 
-        mask = self.mask
-        if mask is not None:
-            mask = F.pad(mask, (1, 0), value=True if mask.dtype == torch.bool else 0.0)
-        return self._sdpa(self.query, key, value, mask)
+        if self.mask is not None:
+            visible = True if self.mask.dtype == torch.bool else 0.0
+            call = replace(call, mask=F.pad(self.mask, (1, 0), value=visible))
+        return call._sdpa()
 
-    def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        return sdpa_attention_forward(
-            self.module, query, key, value, mask, scaling=self.scaling, **self.options
-        )[0]
+    def _sdpa(self) -> Tensor:
+        tensors = (self.query, self.key, self.value, self.mask)
+        return sdpa_attention_forward(self.module, *tensors, scaling=self.scaling, **self.options)[
+            0
+        ]
 
 
 Edit = Callable[[AttentionCall], Tensor]
@@ -112,21 +110,25 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 @contextmanager
-def use_attention_function(model: PreTrainedModel) -> Iterator[None]:
+def use_attention_function(model: Model) -> Iterator[None]:
     """Let `model` call the attention function inside the `with`; leave the model as found.
 
-    Raises ValueError, with the reason, for architectures that would be silently wrong or that
-    never call it.
+    Raises ValueError for architectures that would be silently wrong or that never call it.
     """
     config = model.config
     if config._attn_implementation == ATTENTION_NAME:
         yield
         return
-    _refuse_unsupported(model)
-    previous: dict[str, Any] = {"": config._attn_implementation}
-    for name in config.sub_configs:
-        if getattr(config, name, None) is not None:
-            previous[name] = getattr(config, name)._attn_implementation
+    calls_it = model._supports_attention_backend and model._can_set_attn_implementation()
+    if not (calls_it and model._supports_sdpa):
+        raise ValueError(
+            f"{type(model).__name__}: steerkit needs attention that goes through transformers' "
+            "AttentionInterface and runs on SDPA (no attention code of the model's own, no "
+            "soft-capped scores, no learned sinks); use Llama, Qwen, GPT-NeoX or their like"
+        )
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    previous = {name: part._attn_implementation for name, part in parts.items() if part is not None}
+    previous[""] = config._attn_implementation
     try:
         model.set_attn_implementation(ATTENTION_NAME)
         yield
@@ -134,22 +136,8 @@ def use_attention_function(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(previous)
 
 
-def _refuse_unsupported(model: PreTrainedModel) -> None:
-    name = type(model).__name__
-    if not (model._supports_attention_backend and model._can_set_attn_implementation()):
-        raise ValueError(
-            f"{name} has its own attention code and does not ask transformers' AttentionInterface, "
-            "so steerkit cannot read or edit it; use one that does (Llama, Qwen, GPT-NeoX, ...)"
-        )
-    if not model._supports_sdpa:
-        raise ValueError(
-            f"{name} cannot run on SDPA (soft-capped scores or learned sinks), so steerkit's "
-            "attention would differ from its own; use an architecture with a plain softmax"
-        )
-
-
 @contextmanager
-def attach(model: PreTrainedModel, edits: Mapping[int, Edit]) -> Iterator[None]:
+def attach(model: Model, edits: Mapping[int, Edit]) -> Iterator[None]:
     """Attach one edit per layer (0-based) for the length of the `with`. Nesting is refused.
 
     >>> import torch, steerkit
@@ -162,7 +150,7 @@ def attach(model: PreTrainedModel, edits: Mapping[int, Edit]) -> Iterator[None]:
     >>> torch.equal(changed, model(ids).logits)
     False
     """
-    modules = attention_modules(model)
+    modules = [call.module for call in trace_attention(model)]
     if unknown := [layer for layer in edits if not 0 <= layer < len(modules)]:
         raise ValueError(f"layers {unknown}: expected 0 <= layer < {len(modules)}")
     by_module = {modules[layer]: edit for layer, edit in edits.items()}
@@ -171,85 +159,84 @@ def attach(model: PreTrainedModel, edits: Mapping[int, Edit]) -> Iterator[None]:
 
 
 @contextmanager
-def attach_to_modules(edits: Mapping[nn.Module, Edit]) -> Iterator[None]:
-    """`attach` for attention modules that are already known, inside `use_attention_function`."""
-    refusal = "an edit is already attached to this model: leave its `with` before the next one"
-    with _store(_EDIT, edits, refusal):
+def attach_to_modules(edits: Mapping[nn.Module, Any], kind: str = _EDIT) -> Iterator[None]:
+    """`attach` for attention modules that are already known, inside `use_attention_function`.
+
+    Recorders and zero sinks are stored in the same way, as another `kind` of state.
+    """
+    if any(kind in module.__dict__ for module in edits):
+        raise ValueError(
+            f"a {kind} is already attached to this model: leave its `with` before the next one"
+        )
+    try:
+        for module, edit in edits.items():
+            module.__dict__[kind] = edit
         yield
+    finally:
+        for module in edits:
+            module.__dict__.pop(kind, None)
 
 
 @contextmanager
-def attach_recorder(
-    model: PreTrainedModel, recorder: Callable[[AttentionCall], None]
-) -> Iterator[None]:
-    """Show `recorder` every attention call that is computed, inside `use_attention_function`."""
-    refusal = "this model is being recorded already: let that recording end first"
-    with _store(_RECORDER, dict.fromkeys(model.modules(), recorder), refusal):
-        yield
-
-
-@contextmanager
-def softmax_off_by_one(model: PreTrainedModel) -> Iterator[None]:
+def softmax_off_by_one(model: Model) -> Iterator[None]:
     """The zero sink of StreamingLLM's Table 3 (2309.17453): weights exp(s) / (1 + sum exp(s)).
 
     An architecture, not an edit: it has gradients, so train inside the `with`, and evaluate inside
     it too. Recorders, streams and edits compose with it. No checkpoint remembers it.
     """
-    modules = attention_modules(model)
-    refusal = "softmax_off_by_one is already on for this model: one zero sink is the method"
-    with use_attention_function(model), _store(_ZERO_SINK, dict.fromkeys(modules, True), refusal):
+    sinks = {call.module: True for call in trace_attention(model)}
+    with use_attention_function(model), attach_to_modules(sinks, _ZERO_SINK):
         yield
 
 
-@contextmanager
-def _store(name: str, values: Mapping[nn.Module, Any], refusal: str) -> Iterator[None]:
-    """Store one value per module under `name` for the length of the `with`."""
-    if any(name in module.__dict__ for module in values):
-        raise ValueError(refusal)
-    try:
-        for module, value in values.items():
-            module.__dict__[name] = value
-        yield
-    finally:
-        for module in values:
-            module.__dict__.pop(name, None)
+def record_calls(
+    model: Model, ids: Tensor, record: Callable[[int, AttentionCall], None], **inputs: Tensor
+) -> None:
+    """One forward over `ids` (B,T): `record(layer, call)` sees what each layer computes.
 
-
-def trace_attention(model: PreTrainedModel, ids: Tensor, **inputs: Tensor) -> list[AttentionCall]:
-    """The attention calls of one forward over a few tokens `ids` (B,T), first layer first.
-
-    Raises ValueError if some layer does not call the attention function (linear attention, own
-    kernels), or if an edit is attached.
+    Raises ValueError if some layer does not call the attention function once (linear attention, own
+    kernels, an edit that does not attend): it would be left out silently.
     """
-    calls: list[AttentionCall] = []
+    layers, calls = model.config.get_text_config().num_hidden_layers, 0
 
-    def record(call: AttentionCall) -> Tensor:
-        calls.append(call)
-        return call.attend()
+    def number(call: AttentionCall) -> None:
+        nonlocal calls
+        if calls < layers:
+            record(calls, call)
+        calls += 1
 
-    everywhere = dict.fromkeys(model.modules(), record)
     # Dropout draws random numbers in training mode: the generators are put back afterwards.
     devices = [model.device] if model.device.type == "cuda" else []
     with (
         use_attention_function(model),
-        attach_to_modules(everywhere),
+        attach_to_modules(dict.fromkeys(model.modules(), number), _RECORDER),
         torch.no_grad(),
         torch.random.fork_rng(devices),
     ):
-        model(input_ids=ids.to(model.device), use_cache=False, **inputs)
-    require_every_layer(model, len(calls))
-    return calls
-
-
-def require_every_layer(model: PreTrainedModel, calls: int) -> None:
-    """Raise ValueError unless one forward made one attention call per layer."""
-    layers = model.config.get_text_config().num_hidden_layers
+        # The decoder without its LM head: recorders need no logits.
+        model.base_model(input_ids=ids.to(model.device), use_cache=False, **inputs)
     if calls != layers:
         raise ValueError(
             f"{type(model).__name__}: {calls} attention calls of {layers} layers could be "
-            "recorded, the others would be left out silently; use an architecture with softmax "
-            "attention throughout, and edits that call `call.attend()` once"
+            "recorded; use an architecture with softmax attention throughout, and edits that call "
+            "`call.attend()` once"
         )
+
+
+def trace_attention(
+    model: Model, ids: Tensor | None = None, **inputs: Tensor
+) -> list[AttentionCall]:
+    """The attention calls of one forward over a few tokens `ids` (B,T), first layer first.
+
+    By default one token is run: enough to find each layer's attention module. Raises ValueError
+    like `record_calls`, and if an edit is attached.
+    """
+    ids = torch.zeros(1, 1, dtype=torch.long) if ids is None else ids
+    calls: list[AttentionCall] = []
+    # No change to any layer, but inside another edit it is refused.
+    with attach_to_modules(dict.fromkeys(model.modules(), AttentionCall.attend)):
+        record_calls(model, ids, lambda _, call: calls.append(call), **inputs)
+    return calls
 
 
 # Layers and heads
@@ -274,18 +261,13 @@ Heads = Iterable[tuple[int, int]] | Mapping[str, Iterable[int]]
 """(layer, index) of each head, or the official head files' {"layer": [query heads]}."""
 
 
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention module of each layer: found by running one token, not by name."""
-    return [call.module for call in trace_attention(model, torch.zeros(1, 1, dtype=torch.long))]
-
-
-def layer_and_head_counts(model: PreTrainedModel) -> tuple[int, int]:
+def layer_and_head_counts(model: Model) -> tuple[int, int]:
     """(L, H): layers, and query heads of each."""
     config = model.config.get_text_config()
     return config.num_hidden_layers, config.num_attention_heads
 
 
-def heads_by_layer(model: PreTrainedModel, heads: Heads | None) -> dict[int, list[int]]:
+def heads_by_layer(model: Model, heads: Heads | None) -> dict[int, list[int]]:
     """{layer: its query heads} of `heads`, None for all; each head once, layers in order."""
     L, H = layer_and_head_counts(model)
     if heads is None:
@@ -294,9 +276,7 @@ def heads_by_layer(model: PreTrainedModel, heads: Heads | None) -> dict[int, lis
         heads = [(int(layer), index) for layer, indices in heads.items() for index in indices]
     chosen: dict[int, list[int]] = {}
     for head in sorted({Head(*head) for head in heads}):
-        if not 0 <= head.layer < L:
-            raise ValueError(f"{head}: expected 0 <= layer < {L} layers")
-        if not 0 <= head.index < H:
-            raise ValueError(f"{head}: expected 0 <= index < {H} query heads")
+        if not (0 <= head.layer < L and 0 <= head.index < H):
+            raise ValueError(f"{head}: expected 0 <= layer < {L} and 0 <= index < {H} query heads")
         chosen.setdefault(head.layer, []).append(head.index)
     return chosen

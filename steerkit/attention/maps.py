@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel as Model
 
 from steerkit.attention.hook import Heads, heads_by_layer, layer_and_head_counts
 from steerkit.attention.record import WeightChunk, record_weights
@@ -24,7 +24,7 @@ from steerkit.spans import span_mask
 
 
 def attention_map(
-    model: PreTrainedModel,
+    model: Model,
     ids: Tensor,
     *,
     bins: int = 64,
@@ -55,26 +55,24 @@ def attention_map(
     chosen = heads_by_layer(model, heads)
     if not chosen:
         raise ValueError("no heads: give at least one (layer, head), or None for all")
+    how = "amax" if reduce == "max" else "sum"
     bin_of = torch.arange(T) * bins // T
     cells = torch.zeros(bins, bins)
 
     def record(chunk: WeightChunk) -> None:
-        nonlocal cells
         weights = chunk.weights[0, chosen[chunk.layer]]  # (heads,q,K)
         weights = weights.amax(0) if reduce == "max" else weights.sum(0)
         weights[:, :skip] = 0
-        to_bin, how = bin_of.to(weights.device), "amax" if reduce == "max" else "sum"
+        columns = bin_of.to(weights.device).expand_as(weights)
         by_key = weights.new_zeros(len(weights), bins)  # (q,K) -> (q,bins) -> (bins,bins)
-        by_key.scatter_reduce_(1, to_bin.expand(len(weights), T), weights, how)
-        rows = to_bin[chunk.start : chunk.start + len(weights), None].expand_as(by_key)
-        cells = cells.to(weights.device)
-        cells.scatter_reduce_(0, rows, by_key, how)
+        by_key = by_key.scatter_reduce(1, columns, weights, how).cpu()
+        cells.scatter_reduce_(0, bin_of[chunk.queries, None].expand_as(by_key), by_key, how)
 
     record_weights(model, ids, record, layers=chosen)
     if reduce == "max":
-        return cells.cpu()
+        return cells
     pairs = _causal_pairs(T, bins, skip) * sum(map(len, chosen.values()))
-    return (cells.double().cpu() / pairs.clamp(min=1)).float()
+    return (cells.double() / pairs.clamp(min=1)).float()
 
 
 def bin_edges(T: int, bins: int) -> list[int]:
@@ -101,9 +99,7 @@ class SpanAttention(NamedTuple):
     peak: Tensor  # largest of its weights
 
 
-def span_attention(
-    model: PreTrainedModel, ids: Tensor, spans: Sequence[tuple[int, int]]
-) -> SpanAttention:
+def span_attention(model: Model, ids: Tensor, spans: Sequence[tuple[int, int]]) -> SpanAttention:
     """Share and largest weight that every query of one text, ids (1,T), gives to `spans`.
 
     `spans` are token ranges [start, end); their union counts. The peak is Figure 10's quantity
@@ -113,24 +109,20 @@ def span_attention(
     inside, _ = span_mask([spans])
     T = ids.shape[1]
     if (end := inside.shape[1]) > T:
-        raise ValueError(
-            f"spans {list(spans)} end at token {end}, the text has {T} tokens: give spans of this "
-            "text"
-        )
+        raise ValueError(f"the spans end at token {end}, past the {T} tokens of this text")
     keys = inside[0].nonzero()[:, 0]
     share, peak = torch.zeros(2, *layer_and_head_counts(model), T)
 
     def record(chunk: WeightChunk) -> None:
         weights = chunk.weights[0].index_select(-1, keys.to(chunk.weights.device))  # (H,q,span)
-        queries = slice(chunk.start, chunk.start + weights.shape[1])
-        share[chunk.layer, :, queries] = weights.sum(-1).cpu()
-        peak[chunk.layer, :, queries] = weights.amax(-1).cpu()
+        share[chunk.layer, :, chunk.queries] = weights.sum(-1).cpu()
+        peak[chunk.layer, :, chunk.queries] = weights.amax(-1).cpu()
 
     record_weights(model, ids, record)
     return SpanAttention(share, peak)
 
 
-def span_share(model: PreTrainedModel, ids: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+def span_share(model: Model, ids: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
     """Attention mass that each query puts on the union of `spans`: ids (1,T) -> (L,H,T), in 0..1.
 
     >>> import steerkit
@@ -146,7 +138,7 @@ def span_share(model: PreTrainedModel, ids: Tensor, spans: Sequence[tuple[int, i
 
 
 def attention_received(
-    model: PreTrainedModel,
+    model: Model,
     ids: Tensor,
     queries: tuple[int, int],
     *,
@@ -168,7 +160,7 @@ def attention_received(
 # What comes in
 
 
-def _check_text(model: PreTrainedModel, ids: Tensor) -> None:
+def _check_text(model: Model, ids: Tensor) -> None:
     """One text, ids (1,T), that the model's positions reach to the end of.
 
     A rotary model computes attention at distances that it never saw, so there a long text is a
@@ -176,16 +168,12 @@ def _check_text(model: PreTrainedModel, ids: Tensor) -> None:
     """
     check_ids(model, ids, one_text=True)
     T = ids.shape[1]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None or limit >= T:
-        return
-    if not rope_kinds(model):
-        raise ValueError(
-            f"{T} tokens, and {type(model).__name__} has {limit} learned positions: shorten the "
-            "text"
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or T
+    if limit < T and not rope_kinds(model):
+        raise ValueError(f"{T} tokens, the model has {limit} learned positions: shorten the text")
+    if limit < T:
+        warnings.warn(
+            f"{T} tokens, and the model was trained on {limit} positions: weights beyond them are "
+            "computed, but say little about the model at work",
+            stacklevel=3,
         )
-    warnings.warn(
-        f"{T} tokens, and the model was trained on {limit} positions: weights beyond them are "
-        "computed, but say little about the model at work",
-        stacklevel=3,
-    )

@@ -7,21 +7,14 @@ positions, q the queries of one chunk, D head size, T tokens.
 
 import math
 from collections.abc import Callable, Collection, Iterator
-from itertools import count, pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel as Model
 
-from steerkit.attention.hook import (
-    AttentionCall,
-    attach_recorder,
-    layer_and_head_counts,
-    require_every_layer,
-    use_attention_function,
-)
+from steerkit.attention.hook import AttentionCall, layer_and_head_counts, record_calls
 from steerkit.chat import check_ids
 
 # Numbers in one chunk of weights. On a CPU 4 MB stay in a core's cache (64 MB took twice the time).
@@ -30,15 +23,15 @@ _CHUNK_NUMBERS = 2**20
 
 
 class WeightChunk(NamedTuple):
-    """Attention weights (B,H,q,K) of the queries `start` to `start + q` of one layer."""
+    """Attention weights (B,H,q,K) of some successive queries of one layer."""
 
     layer: int
-    start: int
+    queries: slice
     weights: Tensor
 
 
 def record_weights(
-    model: PreTrainedModel,
+    model: Model,
     ids: Tensor,
     record: Callable[[WeightChunk], None],
     *,
@@ -48,62 +41,39 @@ def record_weights(
 
     Chunks come layer by layer and query by query; one chunk is held at a time.
     """
+    check_ids(model, ids)
 
     def record_call(layer: int, call: AttentionCall) -> None:
         if layers is None or layer in layers:
-            for start, weights in _weight_chunks(call):
-                record(WeightChunk(layer, start, weights))
+            for queries, weights in _weight_chunks(call):
+                record(WeightChunk(layer, queries, weights))
 
     record_calls(model, ids, record_call)
 
 
-def record_calls(
-    model: PreTrainedModel, ids: Tensor, record: Callable[[int, AttentionCall], None]
-) -> None:
-    """One forward over `ids` (B,T): `record(layer, call)` sees what each layer computes.
-
-    Raises ValueError for a model, or an edit, whose attention would be left out silently.
-    """
-    check_ids(model, ids)
-    layers = model.config.get_text_config().num_hidden_layers
-    # Layers are counted as they come: a trace would need a forward of its own, which edits that
-    # track the prompt would take for the prompt.
-    calls = count()
-
-    def number(call: AttentionCall) -> None:
-        if (layer := next(calls)) < layers:
-            record(layer, call)
-
-    with use_attention_function(model), attach_recorder(model, number), torch.no_grad():
-        # The decoder without its LM head: recorders need no logits.
-        model.base_model(input_ids=ids.to(model.device), use_cache=False)
-    require_every_layer(model, next(calls))
-
-
-def _weight_chunks(call: AttentionCall) -> Iterator[tuple[int, Tensor]]:
-    """(first query, weights (B,H,q,K) in float32) for successive chunks of queries."""
+def _weight_chunks(call: AttentionCall) -> Iterator[tuple[slice, Tensor]]:
+    """The queries and their weights (B,H,q,K) in float32, chunk by chunk."""
     B, H, Q, _ = call.query.shape
     K = call.key.shape[2]
     key = call.key.repeat_interleave(H // call.key.shape[1], dim=1)  # (B,Hkv,K,D) -> (B,H,K,D)
     numbers = _CHUNK_NUMBERS * (1 if key.device.type == "cpu" else 16)
     step = max(1, numbers // (B * H * K))
-    for start, stop in pairwise([*range(0, Q, step), Q]):
-        queries = slice(start, stop)
-        scores = (call.query[:, :, queries] @ key.mT).float() * call.scaling
-        scores = scores + _additive_mask(call.mask, queries, K, scores.device)
-        yield start, softmax(scores, call.zero_sink)
+    for start in range(0, Q, step):
+        queries = slice(start, min(start + step, Q))
+        scores = (call.query[:, :, queries] @ key.mT).float().mul_(call.scaling)
+        yield queries, softmax(_masked(scores, call.mask, queries), call.zero_sink)
 
 
-def _additive_mask(mask: Tensor | None, queries: slice, K: int, device: torch.device) -> Tensor:
-    """The mask of some queries as additive values; None is causal (no cache: query t is key t)."""
-    if mask is None:
-        query = torch.arange(queries.start, queries.stop, device=device)[:, None]
-        mask = torch.arange(K, device=device) <= query
+def _masked(scores: Tensor, mask: Tensor | None, queries: slice) -> Tensor:
+    """Scores (B,H,q,K) under the mask's part for `queries`; changes `scores` in place."""
+    if mask is None:  # causal, and without a cache query t is key t
+        key = torch.arange(scores.shape[-1], device=scores.device)
+        mask = key <= key[queries, None]
     elif mask.shape[-2] > 1:
         mask = mask[..., queries, :]
     if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, device=device).masked_fill(~mask, -math.inf)
-    return mask.float()
+        return scores.masked_fill_(~mask, -math.inf)
+    return scores.add_(mask)
 
 
 def softmax(scores: Tensor, zero_sink: bool = False) -> Tensor:
@@ -113,7 +83,7 @@ def softmax(scores: Tensor, zero_sink: bool = False) -> Tensor:
     return F.pad(scores, (1, 0)).softmax(-1)[..., 1:]
 
 
-def attention_weights(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def attention_weights(model: Model, ids: Tensor) -> Tensor:
     """All weights of one short text: ids (1,T) -> (L,H,T,T) float32 on the CPU.
 
     >>> import steerkit
@@ -123,26 +93,22 @@ def attention_weights(model: PreTrainedModel, ids: Tensor) -> Tensor:
     >>> weights.sum(-1).allclose(weights.new_ones(()))  # each query spreads a weight of one
     True
     """
-    layers, heads = layer_and_head_counts(model)
-    T = ids.shape[-1]
     check_ids(model, ids, one_text=True)
-    if (numbers := layers * heads * T * T) > 2**28:
-        raise ValueError(
-            f"{T} tokens have {numbers:,} weights, more than {2**28:,}: use attention_map, "
-            "sink_metric or a shorter text"
-        )
+    T = ids.shape[1]
+    layers, heads = layer_and_head_counts(model)
+    if layers * heads * T * T > 2**28:
+        raise ValueError(f"{T} tokens have a gigabyte of weights or more: use attention_map")
     weights = torch.zeros(layers, heads, T, T)
 
     def record(chunk: WeightChunk) -> None:
-        queries = slice(chunk.start, chunk.start + chunk.weights.shape[2])
-        weights[chunk.layer, :, queries] = chunk.weights[0].cpu()
+        weights[chunk.layer, :, chunk.queries] = chunk.weights[0].cpu()
 
     record_weights(model, ids, record)
     return weights
 
 
 def mean_weight_on_key(
-    model: PreTrainedModel, ids: Tensor, *, k: int = 0, first: int | None = None
+    model: Model, ids: Tensor, *, k: int = 0, first: int | None = None
 ) -> Tensor:
     """Mean weight on key `k` over the queries >= `first` (default `k`): ids (B,T) -> (B,L,H).
 
@@ -155,7 +121,7 @@ def mean_weight_on_key(
     total = torch.zeros(len(ids), *layer_and_head_counts(model), dtype=torch.float64)
 
     def record(chunk: WeightChunk) -> None:
-        on_key = chunk.weights[:, :, max(0, first - chunk.start) :, k]  # (B,H,q)
+        on_key = chunk.weights[:, :, max(0, first - chunk.queries.start) :, k]  # (B,H,q)
         total[:, chunk.layer] += on_key.double().sum(-1).cpu()
 
     record_weights(model, ids, record)
@@ -163,7 +129,7 @@ def mean_weight_on_key(
 
 
 def sink_metric(
-    model: PreTrainedModel, ids: Tensor, *, eps: float = 0.3, k: int = 0, tokens: int = 64
+    model: Model, ids: Tensor, *, eps: float = 0.3, k: int = 0, tokens: int = 64
 ) -> float:
     """Sink^eps_k of 2410.10781: fraction of heads with more than `eps` mean weight on key `k`.
 
@@ -175,17 +141,17 @@ def sink_metric(
     >>> 0 <= steerkit.sink_metric(model, ids, tokens=ids.shape[1]) <= 1
     True
     """
-    if not 0 < eps < 1:
-        raise ValueError(f"eps={eps}: expected 0 < eps < 1 (0.3 in the paper)")
-    if not k < tokens <= ids.shape[-1]:
+    if not (0 < eps < 1 and k < tokens <= ids.shape[-1]):
         raise ValueError(
-            f"tokens={tokens}: expected k={k} < tokens <= {ids.shape[-1]}, the length of ids"
+            f"eps={eps}, k={k}, tokens={tokens}: expected 0 < eps < 1 (0.3 in the paper) and "
+            f"k < tokens <= {ids.shape[-1]}, the length of ids"
         )
     return (mean_weight_on_key(model, ids[:, :tokens], k=k) > eps).float().mean().item()
 
 
-def value_norms(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def value_norms(model: Model, ids: Tensor) -> Tensor:
     """Euclidean norm of each value vector: ids (B,T) -> (L,Hkv,T), mean over the batch."""
+    check_ids(model, ids)
     norms: list[Tensor] = []
 
     def record(_: int, call: AttentionCall) -> None:

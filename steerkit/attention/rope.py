@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel as Model
 
 from steerkit.attention.hook import AttentionCall, trace_attention
 
@@ -47,7 +47,7 @@ class Rotation(NamedTuple):
         return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
 
 
-def rope_kinds(model: PreTrainedModel) -> set[str]:
+def rope_kinds(model: Model) -> set[str]:
     """The RoPE types of the model's rotary modules, for example {"default"} or {"yarn"}."""
     kinds: set[str] = set()
     for module in model.modules():
@@ -56,7 +56,7 @@ def rope_kinds(model: PreTrainedModel) -> set[str]:
     return kinds
 
 
-def learn_rotations(model: PreTrainedModel) -> tuple[list[AttentionCall], list[Rotation | None]]:
+def learn_rotations(model: Model) -> tuple[list[AttentionCall], list[Rotation | None]]:
     """One traced call and one rotation per layer (None: the layer ignores positions).
 
     Each of a few tokens is run alone at position 0 and at position 3. One token has one key, whose
@@ -64,38 +64,35 @@ def learn_rotations(model: PreTrainedModel) -> tuple[list[AttentionCall], list[R
     differ by the rotation alone. Raises ValueError where no rotation explains them.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
-    tokens = torch.tensor([1, vocabulary // 2, vocabulary - 1]).clamp(max=vocabulary - 1)
+    tokens = torch.tensor([min(1, vocabulary - 1), vocabulary // 2, vocabulary - 1])
     positions = torch.tensor([0, _STEPS]).repeat_interleave(len(tokens))[:, None].to(model.device)
     calls = trace_attention(model, tokens.repeat(2)[:, None], position_ids=positions)
     candidates = _candidates(model)
-    return calls, [_explain(layer, call.key, candidates) for layer, call in enumerate(calls)]
+    return calls, [_rotation_of(layer, call.key, candidates) for layer, call in enumerate(calls)]
 
 
-def _candidates(model: PreTrainedModel) -> list[Rotation]:
+def _candidates(model: Model) -> list[Rotation]:
     """Every set of frequencies that the model holds, paired in either way."""
-    frequencies: dict[tuple[float, ...], Tensor] = {}
-    for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq") and "original" not in name:
-            values = buffer.detach().double()
-            frequencies[tuple(values.tolist())] = values
-    return [Rotation(f, interleaved) for f in frequencies.values() for interleaved in (False, True)]
+    frequencies = [
+        buffer.detach().double()
+        for name, buffer in model.named_buffers()
+        if name.endswith("inv_freq") and "original" not in name
+    ]
+    return [Rotation(f, interleaved) for f in frequencies for interleaved in (False, True)]
 
 
-def _explain(layer: int, keys: Tensor, candidates: list[Rotation]) -> Rotation | None:
+def _rotation_of(layer: int, keys: Tensor, candidates: list[Rotation]) -> Rotation | None:
     """The rotation that takes the first half of `keys` (2 tokens, Hkv, 1, D) to the second."""
     before, after = keys.chunk(2)
-    size = before.float().norm(dim=-1, keepdim=True)
     tolerance = 1e-4 if keys.dtype == torch.float32 else 3e-2
-
-    def close(guess: Tensor) -> bool:
-        return bool(((guess - after).float().abs() <= tolerance * size).all())
-
+    allowed = tolerance * before.float().norm(dim=-1, keepdim=True)
     steps = torch.tensor([_STEPS], device=keys.device)
     for rotation in candidates:
-        fits = 2 * rotation.frequencies.numel() <= keys.shape[-1]
-        if fits and close(rotation.rotate(before, rotation.table(steps))):
-            return rotation
-    if candidates and close(before):
+        if 2 * rotation.frequencies.numel() <= keys.shape[-1]:
+            rotated = rotation.rotate(before, rotation.table(steps))
+            if ((rotated - after).float().abs() <= allowed).all():
+                return rotation
+    if candidates and ((before - after).float().abs() <= allowed).all():
         return None
     raise ValueError(
         f"layer {layer}: its keys do not rotate with position in a way that steerkit can read "

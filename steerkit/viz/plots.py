@@ -17,13 +17,8 @@ import numpy as np
 import torch
 from IPython import get_ipython
 from IPython.display import HTML, display
-from matplotlib import rc_params_from_file
-from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.pyplot import Axes, Figure, Rectangle
 from torch import Tensor
 
 from steerkit.attention.maps import bin_edges
@@ -31,8 +26,8 @@ from steerkit.files import write_bytes, write_json
 from steerkit.spans import Turn
 from steerkit.statistics import bootstrap
 
-_STYLE = Path(__file__).with_name("steerkit.mplstyle")
-_CYCLE = rc_params_from_file(_STYLE, use_default_template=False)["axes.prop_cycle"].by_key()
+with plt.style.context("steerkit.viz.steerkit"):
+    _CYCLE = plt.rcParams["axes.prop_cycle"].by_key()
 COLOURS, MARKERS = _CYCLE["color"], _CYCLE["marker"]
 DIVERGING = LinearSegmentedColormap.from_list(
     "steerkit", ["#8C3A00", "#D55E00", "#FFFFFF", "#0072B2", "#003A5C"], N=255
@@ -48,9 +43,8 @@ def show(fig: Figure, name: str, *, out: Path, caption: str, alt: str, values: d
     `alt` says what a reader who cannot see would need; `caption` what would refute the claim. Both
     are required. The PNG carries no date and no version: equal figures are equal bytes.
     """
-    for label, text in (("caption", caption), ("alt", alt)):
-        if not text.strip():
-            raise ValueError(f"figure {name!r} has an empty {label}: say in words what it shows")
+    if not (caption.strip() and alt.strip()):
+        raise ValueError(f"figure {name!r} has an empty caption or alt: say in words what it shows")
     if not name or Path(name).name != name:
         raise ValueError(f"name={name!r}: expected a plain file name without folders")
     png = _image(fig, "png", metadata={"Software": None})
@@ -132,16 +126,14 @@ def mark_turns(ax: Axes, turns: Sequence[Turn], texts: Sequence[str] = ()) -> Ax
     starts = {turn.number: turn.start * bins / turns[-1].end - 0.5 for turn in reversed(turns)}
     numbered = sorted(starts)[:: -(-len(starts) // 12)]  # of many turns about a dozen
     lines = [starts[number] for number in numbered]
-    for at in lines:
-        for line in (ax.axvline, ax.axhline):
-            line(at, color="0.5", linewidth=0.5, linestyle="-", marker="")
-    ax.set(xlabel="turn of the key", ylabel="" if texts else "turn of the query")
     ax.set_xticks(lines, numbered)
     ax.set_yticks(lines, numbered)
-    beside = {"textcoords": "offset points", "ha": "right", "va": "center"}
+    ax.grid(color="0.5", linewidth=0.5, alpha=1)
+    ax.set(xlabel="turn of the key", ylabel="" if texts else "turn of the query")
     for row, text in enumerate(texts):
         at = {"xy": (0, row), "xytext": (-22, 0), "xycoords": ("axes fraction", "data")}
-        ax.annotate(text.replace("$", r"\$"), fontsize=5.5, family="monospace", **at, **beside)
+        font = {"fontsize": 5.5, "family": "monospace", "ha": "right", "va": "center"}
+        ax.annotate(text.replace("$", r"\$"), textcoords="offset points", **at, **font)
     return ax
 
 
@@ -154,14 +146,12 @@ def binned_text(tokens: Sequence[str], bins: int, *, width: int = 30) -> list[st
 
 # Heads
 
+Heads = Iterable[tuple[int, int]]
+"""(layer, query head) each."""
+
 
 def head_grid(
-    ax: Axes,
-    values: Any,
-    *,
-    bar: str,
-    vmax: float | None = None,
-    marked: Iterable[tuple[int, int]] = (),
+    ax: Axes, values: Any, *, bar: str, vmax: float | None = None, marked: Heads = ()
 ) -> Axes:
     """One cell per head with its number written in it: values (L, H), layer 0 at the top.
 
@@ -169,9 +159,9 @@ def head_grid(
     head), are framed.
     """
     v = _matrix(values, "(L, H)")
-    vmin = None if vmax is None else 0
-    image = _draw(ax, v, "layer", "head", bar, aspect="auto", vmin=vmin, vmax=vmax)
-    _write(ax, image, lambda layer, head: f"{v[layer, head]:.2f}")
+    scale = {"vmin": None if vmax is None else 0, "vmax": vmax}
+    _draw(ax, v, "layer", "head", bar, aspect="auto", **scale)
+    _write(ax, lambda layer, head: f"{v[layer, head]:.2f}")
     ax.set(xticks=range(v.shape[1]), yticks=range(v.shape[0]))
     for layer, head in marked:
         corner = (head - 0.5, layer - 0.5)
@@ -179,7 +169,7 @@ def head_grid(
     return ax
 
 
-def head_overlap(ax: Axes, sets: Mapping[str, Iterable[tuple[int, int]]], *, heads: int) -> Axes:
+def head_overlap(ax: Axes, sets: Mapping[str, Heads], *, heads: int) -> Axes:
     """How many heads two sets share, and, in brackets, how many would by chance: |A| |B| / heads.
 
     `heads` is the number of heads of the model; no set is empty. Colour is the shared part of the
@@ -193,8 +183,8 @@ def head_overlap(ax: Axes, sets: Mapping[str, Iterable[tuple[int, int]]], *, hea
         chance = len(groups[row]) * len(groups[column]) / heads
         return f"{shared[row, column]}" + (f"\n({chance:.1f})" if row != column else "")
 
-    bar = "shared part of the smaller set"
-    _write(ax, _draw(ax, shared / smaller, "", "", bar, vmin=0, vmax=1), text)
+    _draw(ax, shared / smaller, "", "", "shared part of the smaller set", vmin=0, vmax=1)
+    _write(ax, text)
     ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
     ax.set_yticks(range(len(names)), names)
     return ax
@@ -207,20 +197,18 @@ def _matrix(values: Any, expected: str) -> np.ndarray:
     return matrix
 
 
-def _draw(
-    ax: Axes, matrix: Any, ylabel: str, xlabel: str, bar: str | None, **options: Any
-) -> AxesImage:
+def _draw(ax: Axes, matrix: Any, ylabel: str, xlabel: str, bar: str | None, **options: Any) -> None:
     """What all matrices share: an image without a grid, and a colour bar unless `bar` is None."""
     image = ax.imshow(matrix, interpolation="nearest", **options)
     ax.grid(False)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     if bar is not None:
         ax.figure.colorbar(image, ax=ax, label=bar, shrink=0.85)
-    return image
 
 
-def _write(ax: Axes, image: AxesImage, text: Callable[[int, int], str]) -> None:
-    """`text(row, column)` into each cell of an image, white where the cell is dark."""
+def _write(ax: Axes, text: Callable[[int, int], str]) -> None:
+    """`text(row, column)` into each cell of the image, white where the cell is dark."""
+    image = ax.images[0]
     for (row, column), value in np.ndenumerate(image.get_array()):
         colour = "white" if image.norm(value) < 0.5 else "black"
         ax.text(column, row, text(row, column), ha="center", va="center", color=colour, size=9)
@@ -234,17 +222,15 @@ def curves(
     x: Any,
     ys: Mapping[str, Any],
     *,
-    xlabel: str,
-    ylabel: str,
     bands: Mapping[str, tuple[Any, Any]] | None = None,
-    logx: bool = False,
-    logy: bool = False,
     grey: Collection[str] = (),
+    **axis: Any,
 ) -> Axes:
     """One line per entry of `ys`, each (N,) over x (N,); `bands`: (low, high) by the same names.
 
-    Units belong in the labels. With more than 40 points the markers thin out to about 12. Curves
-    listed in `grey` (for example the paper's) are drawn in the background.
+    `axis` is what `ax.set` takes: xlabel and ylabel, with units, xscale="log" and so on. With more
+    than 40 points the markers thin out to about 12. Curves listed in `grey` (for example the
+    paper's) are drawn in the background.
     """
     x = np.asarray(x)
     for name, y in ys.items():
@@ -254,9 +240,7 @@ def curves(
         if bands and name in bands:
             low, high = (np.asarray(b, dtype=float) for b in bands[name])
             ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.set_xscale("log" if logx else "linear")
-    ax.set_yscale("log" if logy else "linear")
+    ax.set(**axis)
     ax.legend()
     return ax
 
@@ -268,21 +252,17 @@ def turn_curves(
 
     Returns (mean, low, high) by name, (turns,) each: what was drawn.
     """
-    triples = {name: bootstrap(torch.as_tensor(v)) for name, v in values.items()}
-    means = {name: mean for name, (mean, _, _) in triples.items()}
-    bands = {name: (low, high) for name, (_, low, high) in triples.items()}
+    drawn = {name: bootstrap(torch.as_tensor(v)) for name, v in values.items()}
+    means = {name: mean for name, (mean, _, _) in drawn.items()}
+    bands = {name: (low, high) for name, (_, low, high) in drawn.items()}
     turns = 1 + np.arange(len(next(iter(means.values()))))
-    curves(ax, turns, means, xlabel="turn of the reply", ylabel=ylabel, bands=bands)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return triples
+    curves(ax, turns, means, bands=bands, xlabel="turn of the reply", ylabel=ylabel)
+    ax.locator_params(axis="x", integer=True)
+    return drawn
 
 
 def loss_panels(
-    axes: Sequence[Axes],
-    streams: Mapping[str, Mapping[str, Tensor]],
-    *,
-    edges: Sequence[int],
-    trained: int,
+    axes: Any, streams: Mapping[str, Mapping[str, Tensor]], *, edges: Sequence[int], trained: int
 ) -> dict[str, Any]:
     """One panel per stream, {title: {setting: losses (T,) in nats}}: means in bins of positions.
 
@@ -290,13 +270,13 @@ def loss_panels(
     not computed) is left out. Returns the means drawn and, as "position", the bins' middles.
     """
     bins = list(pairwise(edges))
-    drawn: dict[str, Any] = {"position": [(start * end) ** 0.5 for start, end in bins]}
-    labels = {"xlabel": "position (tokens)", "ylabel": "loss (nats per token)"}
+    middles = [(start * end) ** 0.5 for start, end in bins]
+    axis = {"xlabel": "position (tokens)", "ylabel": "loss (nats per token)", "xscale": "log"}
+    drawn: dict[str, Any] = {"position": middles}
     for ax, (title, losses) in zip(axes, streams.items(), strict=True):
         drawn[title] = {k: [x[a:b].nanmean() for a, b in bins] for k, x in losses.items()}
-        curves(ax, drawn["position"], drawn[title], logx=True, **labels)
+        curves(ax, middles, drawn[title], title=title, **axis)
         ax.axvline(trained, color="0.4", linewidth=1, linestyle="-", marker="")
-        ax.set_title(title)
         ax.get_legend().remove()
     lines = axes[0].get_legend_handles_labels()
     axes[0].figure.legend(*lines, loc="outside right center")
@@ -311,11 +291,10 @@ def ablation(
     A thin line goes down from the condition `reference`, which the others are compared with.
     """
     for y, (mean, low, high) in enumerate(rows.values()):
-        colour, marker = COLOURS[y % len(COLOURS)], MARKERS[y % len(MARKERS)]
-        ax.plot([low, high], [y, y], color=colour, linestyle="-", marker="|", markersize=8)
-        ax.plot(mean, y, color=colour, marker=marker, markersize=8)
-        above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "size": 9}
-        ax.annotate(f"{mean:.2f}", (mean, y), **above)
+        dot = {"color": COLOURS[y % len(COLOURS)], "marker": MARKERS[y % len(MARKERS)]}
+        ax.plot([low, mean, high], [y] * 3, linestyle="-", markevery=[1], markersize=8, **dot)
+        above = {"textcoords": "offset points", "ha": "center", "size": 9}
+        ax.annotate(f"{mean:.2f}", (mean, y), (0, 7), **above)
     if reference is not None:
         ax.axvline(rows[reference][0], color="0.6", linewidth=1, linestyle=":", marker="", zorder=0)
     ax.set_yticks(range(len(rows)), list(rows))
@@ -332,8 +311,8 @@ def dots(
     """
     for n, (title, column) in enumerate(table.items()):
         colour = "0.6" if title in grey else COLOURS[n % len(COLOURS)]
-        style = {"linestyle": "", "marker": MARKERS[n % len(MARKERS)], "markersize": 8}
-        ax.plot(list(column.values()), list(column), color=colour, label=title, **style)
+        marker = {"marker": MARKERS[n % len(MARKERS)], "markersize": 8, "linestyle": ""}
+        ax.plot(list(column.values()), list(column), color=colour, label=title, **marker)
     ax.invert_yaxis()
     ax.set(xlabel=xlabel)
     if len(table) > 1:
