@@ -1,43 +1,43 @@
 """A small kit behind notebooks that reproduce four results about steering a model's attention.
 
-These names are the four results; everything else is imported from its module.
+The names below are the four results; everything else is imported from its module.
 """
 
+from importlib import import_module
 from typing import Any
 
-from steerkit.attention.hook import Head, attach
-from steerkit.attention.maps import attention_map, span_share
-from steerkit.attention.record import attention_weights, sink_metric
-from steerkit.chat import Message, reply
-from steerkit.gatt.dialogues import make_rows, sample_dialogues
-from steerkit.gatt.evaluation import adherence_by_turn
-from steerkit.models import load
-from steerkit.spans import find_span
-from steerkit.steering.head_search import score_heads
-from steerkit.steering.other_methods import additive_bias
-from steerkit.steering.pasta import emphasise
-from steerkit.streaming.conversation import stream_chat
-from steerkit.streaming.losses import recomputed_losses, token_losses
-from steerkit.streaming.sink_cache import SinkCache
-
-__all__ = [  # noqa: RUF022
+_MODULES = {  # exported name -> its module, which is imported when the name is asked for
     # a model and its text
-    "load", "reply", "find_span", "Message",
+    "load": "models",
+    "reply": "chat",
+    "find_span": "spans",
+    "Message": "chat",
     # look: attention weights and heat maps
-    "attach", "attention_weights", "attention_map", "span_share", "sink_metric",
+    "attach": "attention.hook",
+    "attention_weights": "attention.record",
+    "attention_map": "attention.maps",
+    "span_share": "attention.maps",
+    "sink_metric": "attention.record",
     # steer: PASTA
-    "emphasise", "additive_bias", "Head", "score_heads",
+    "emphasise": "steering.pasta",
+    "additive_bias": "steering.other_methods",
+    "Head": "attention.hook",
+    "score_heads": "steering.head_search",
     # stream: StreamingLLM
-    "SinkCache", "token_losses", "recomputed_losses", "stream_chat",
-    # keep an instruction: Ghost Attention
-    "sample_dialogues", "make_rows", "train", "adherence_by_turn",
-]  # fmt: skip
+    "SinkCache": "streaming.sink_cache",
+    "token_losses": "streaming.losses",
+    "recomputed_losses": "streaming.losses",
+    "stream_chat": "streaming.conversation",
+    # keep an instruction: Ghost Attention, whose training needs TRL and PEFT
+    "sample_dialogues": "gatt.dialogues",
+    "make_rows": "gatt.dialogues",
+    "train": "gatt.training",
+    "adherence_by_turn": "gatt.evaluation",
+}
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    """`train` is imported when it is asked for: TRL and PEFT are an extra, and slow to import."""
-    if name == "train":
-        from steerkit.gatt.training import train
-
-        return train
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"steerkit.{_MODULES[name]}"), name)

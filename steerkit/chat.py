@@ -7,6 +7,7 @@ Axes: B batch, T tokens, K cached tokens, N generated tokens.
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -59,27 +60,27 @@ def as_messages(dialogue: Dialogue) -> list[Message]:
 # --- text to token ids -------------------------------------------------------------------------
 
 
-def template_text(tokenizer: Tokenizer, dialogue: Dialogue, *, opened: bool = True) -> str:
-    """The chat template's text; `opened` for the assistant's next reply."""
+def prompt_text(tokenizer: Tokenizer, prompt: Prompt, *, opened: bool = True) -> str:
+    """A text as it is; a dialogue as the chat template renders it, `opened` for the next reply."""
+    if isinstance(prompt, str):
+        return prompt
     if not tokenizer.chat_template:
         raise ValueError(
             "the tokenizer has no chat template: take a chat model, or set tokenizer.chat_template"
         )
-    messages = [m._asdict() for m in as_messages(dialogue)]
+    messages = [m._asdict() for m in as_messages(prompt)]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=opened, tokenize=False)
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Token ids of a text, or of a dialogue opened for the assistant's next reply."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    return tokenizer(template_text(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, *, opened: bool = True) -> list[int]:
+    """Token ids of `prompt_text`; only a plain text gets special tokens, a template writes them."""
+    text, plain = prompt_text(tokenizer, prompt, opened=opened), isinstance(prompt, str)
+    return tokenizer(text, add_special_tokens=plain)["input_ids"]
 
 
 def dialogue_ids(tokenizer: Tokenizer, dialogue: Dialogue) -> list[int]:
     """Token ids of a dialogue as it stands, not opened for a reply."""
-    text = template_text(tokenizer, dialogue, opened=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return prompt_ids(tokenizer, dialogue, opened=False)
 
 
 def template_pieces(tokenizer: Tokenizer, dialogue: Dialogue, *, opened: bool = True) -> list[str]:
@@ -88,19 +89,17 @@ def template_pieces(tokenizer: Tokenizer, dialogue: Dialogue, *, opened: bool = 
     Read off the template itself, which renders the dialogue with a placeholder for each content.
     Raises ValueError if a content is not shown exactly once, in its place.
     """
-    messages = as_messages(dialogue)
-    marks = [f"\ue000{n}\ue001" for n in range(len(messages))]  # private use: in no template
-    marked = [m._replace(content=mark) for m, mark in zip(messages, marks, strict=True)]
-    pieces, rest = [], template_text(tokenizer, marked, opened=opened)
-    for n, mark in enumerate(marks):
-        before, shown, rest = rest.partition(mark)
-        if not shown or mark in rest:
-            raise ValueError(
-                f"the chat template does not show message {n} once and in its place; set a plain "
-                "one (tokenizer.chat_template = chat.CHATML, or your own)"
-            )
-        pieces.append(before)
-    return [*pieces, rest]
+    # Characters for private use, which no template writes, around the message's number.
+    marked = [m._replace(content=f"\ue000{n}\ue001") for n, m in enumerate(as_messages(dialogue))]
+    parts = re.split("\ue000([0-9]+)\ue001", prompt_text(tokenizer, marked, opened=opened))
+    shown = parts[1::2]
+    if shown != [str(n) for n in range(len(marked))]:
+        raise ValueError(
+            f"the chat template shows the messages {', '.join(shown)} of 0 to {len(marked) - 1}, "
+            "and not each once in its place; set a plain one (tokenizer.chat_template = "
+            "chat.CHATML, or your own)"
+        )
+    return parts[::2]
 
 
 def check_template(tokenizer: Tokenizer) -> None:
@@ -120,23 +119,22 @@ def check_template(tokenizer: Tokenizer) -> None:
         )
 
 
-def check_ids(model: Model, ids: Tensor, *, tokens: int = 2, one_text: bool = False) -> None:
-    """ValueError unless `ids` are (B,T) token ids of the model's vocabulary.
+def check_ids(model: Model, ids: Tensor, *, one_text: bool = False) -> None:
+    """ValueError unless `ids` are (B,T) token ids of the model's vocabulary, with T >= 2.
 
-    T must be `tokens` or more, and B = 1 if `one_text`.
+    With `one_text` B must be 1.
     """
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
-        kind = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(
-            f"ids are {kind}: expected a tensor (B, T) of integer token ids; one text is ids[None]"
-        )
-    if len(ids) < 1 or ids.shape[1] < tokens or (one_text and len(ids) > 1):
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"ids are {type(ids).__name__}: expected a tensor (B, T) of token ids")
+    shaped = ids.ndim == 2 and len(ids) > 0 and ids.shape[1] > 1 and not (one_text and len(ids) > 1)
+    if not shaped or ids.is_floating_point():
         texts = "one text" if one_text else "texts"
         raise ValueError(
-            f"ids of shape {tuple(ids.shape)}: expected {texts} of at least {tokens} tokens"
+            f"ids are {ids.dtype} {tuple(ids.shape)}: expected {texts} of at least 2 tokens as "
+            "integers (B, T); one text is ids[None]"
         )
-    vocabulary = model.get_input_embeddings().num_embeddings
     low, high = int(ids.min()), int(ids.max())
+    vocabulary = model.get_input_embeddings().num_embeddings
     if low < 0 or high >= vocabulary:
         raise ValueError(
             f"ids from {low} to {high}: the model's vocabulary is 0 .. {vocabulary - 1}"
@@ -262,7 +260,15 @@ class BatchedChat:
     ) -> list[str]:
         """The next reply to each dialogue: greedy, or sampled with torch's global generator."""
         prompts = [prompt_ids(self.tokenizer, dialogue) for dialogue in dialogues]
-        inputs, mask = self._unread(prompts)
+        sliding = any(getattr(layer, "is_sliding", False) for layer in self.cache.layers)
+        if sliding or len(self.cached) != len(prompts):
+            self.start(len(prompts))
+        unread = [self._mask_and_rest(i, ids) for i, ids in enumerate(prompts)]
+        block = pad_left(self.tokenizer, unread, range(len(unread))).inputs
+        placeholders = torch.zeros_like(self.mask)  # generate() reads these from the cache
+        inputs = torch.cat([placeholders, block["input_ids"]], 1)  # (B, K + unread)
+        mask = torch.cat([self.mask, block["attention_mask"]], 1)
+
         stops = stop_ids(self.model, self.tokenizer)
         sampling = {"temperature": temperature, "top_k": 0} if temperature > 0 else {}
         out = self.model.generate(
@@ -278,43 +284,20 @@ class BatchedChat:
         stop = torch.isin(new, torch.tensor(stops, dtype=new.dtype)).long()
         in_reply = stop.cumsum(1) - stop == 0  # up to its first stop token, which belongs to it
         texts = [ids[real].tolist() for ids, real in zip(new, in_reply, strict=True)]
-        self._remember(prompts, texts, torch.cat([mask, in_reply.long()], 1))
+
+        # The cache holds all but the last generated token, which was never read.
+        self.mask = torch.cat([mask, in_reply.long()], 1)[:, : self.cache.get_seq_length()]
+        self.cached = [
+            (prompt + text)[: int(m.sum())]
+            for prompt, text, m in zip(prompts, texts, self.mask, strict=True)
+        ]
         return self.tokenizer.batch_decode(texts, skip_special_tokens=True)
 
-    def _unread(self, prompts: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Ids (B, K + unread) and their mask: the cached tokens, then what the cache lacks."""
-        if len(self.cached) != len(prompts):
-            self.start(len(prompts))
-        unread = []
-        for row, (cached, ids) in enumerate(zip(self.cached, prompts, strict=True)):
-            # The last token is read again in any case: its logits begin the reply.
-            same = min(_common_prefix(cached, ids), len(ids) - 1)
-            # A reply may be tokenised otherwise when it is read again: mask it from there on.
-            differs = self.mask[row].cumsum(0) > same
-            self.mask[row] = self.mask[row].masked_fill(differs, 0)
-            unread.append(ids[same:])
-        block = pad_left(self.tokenizer, unread, range(len(unread))).inputs
-        placeholders = torch.zeros_like(self.mask)  # generate() reads these from the cache
-        return (
-            torch.cat([placeholders, block["input_ids"]], 1),
-            torch.cat([self.mask, block["attention_mask"]], 1),
-        )
-
-    def _remember(
-        self, prompts: Sequence[list[int]], replies: Sequence[list[int]], mask: Tensor
-    ) -> None:
-        """Note what the cache holds: all but the last generated token, which was never read."""
-        if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
-            self.start(len(prompts))
-            return
-        self.mask = mask[:, : self.cache.get_seq_length()]
-        whole = [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)]
-        self.cached = [ids[: int(m.sum())] for ids, m in zip(whole, self.mask, strict=True)]
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first tokens are the same."""
-    for n, (one, other) in enumerate(zip(a, b, strict=False)):
-        if one != other:
-            return n
-    return min(len(a), len(b))
+    def _mask_and_rest(self, i: int, ids: list[int]) -> list[int]:
+        """The tokens of a prompt from where it differs from what is cached, which is masked."""
+        # The last token is read again in any case: its logits begin the reply.
+        pairs = zip(self.cached[i], ids[:-1], strict=False)
+        same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        # A reply may be tokenised otherwise when it is read again: mask it from there on.
+        self.mask[i, self.mask[i].cumsum(0) > same] = 0
+        return ids[same:]

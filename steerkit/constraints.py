@@ -8,7 +8,8 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from itertools import combinations
+from typing import Any, NamedTuple
 
 from steerkit.files import read_data
 
@@ -97,29 +98,26 @@ def values(family: str, table: str = "world") -> list[str]:
     """Every value of a family."""
     if _table_of(family, table) is REAL:
         return REAL["values"].get(family, [""])
-    tables = {"language": [x for x in TABLES["languages"] if x != "English"]}
-    tables |= {"figure": TABLES["figures"], "hobby": TABLES["hobbies"]}
-    tables |= {"ending": TABLES["endings"], "emoji": TABLES["emoji"]}
-    return tables.get(family, [""])
+    if family == "language":
+        return [language for language in TABLES["languages"] if language != "English"]
+    names = {"figure": "figures", "hobby": "hobbies", "ending": "endings", "emoji": "emoji"}
+    return TABLES[names[family]] if family in names else [""]
 
 
 def compatible(families: Iterable[str], table: str = "world") -> bool:
     """May these families be asked for together? (A JSON reply cannot end with a given word.)"""
-    families = list(families)
-    pairs = {frozenset((a, b)) for a in families for b in families if a != b}
-    exclusive = {frozenset(pair) for pair in _TABLES[table]["exclusive"]}
-    return len(set(families)) == len(families) and not pairs & exclusive
+    exclusive = [set(pair) for pair in _TABLES[table]["exclusive"]]
+    return not any(a == b or {a, b} in exclusive for a, b in combinations(families, 2))
 
 
 def check_together(constraints: Sequence[Constraint]) -> None:
     """ValueError for a pair that no reply can obey: two of one family, or two that exclude."""
-    for i, a in enumerate(constraints):
-        for b in constraints[:i]:
-            if a.table != b.table or not compatible((a.family, b.family), a.table):
-                raise ValueError(
-                    f'"{b.short}" and "{a.short}" contradict each other: no reply obeys both; '
-                    "drop one (data/*.json, `exclusive`, lists such pairs)"
-                )
+    for a, b in combinations(constraints, 2):
+        if a.table != b.table or not compatible((a.family, b.family), a.table):
+            raise ValueError(
+                f'"{a.short}" and "{b.short}" contradict each other: no reply obeys both; '
+                "drop one (data/*.json, `exclusive`, lists such pairs)"
+            )
 
 
 # Verifiers: (reply, value) -> obeyed. First the tiny world's.
@@ -136,11 +134,12 @@ def _frame(template: str) -> re.Pattern[str]:
     return re.compile(pattern + r"(?!\w)", re.IGNORECASE)
 
 
-def _parses(reply: str, _: str) -> bool:
+def _json(text: str) -> Any:
+    """The value that the text stands for; ... if it is no JSON (null is None)."""
     try:
-        return isinstance(json.loads(reply), dict)
+        return json.loads(text)
     except ValueError:
-        return False
+        return ...
 
 
 _FRAMES = {
@@ -153,7 +152,7 @@ VERIFIERS: dict[str, Callable[[str, str], bool]] = {
     "hobby": lambda reply, v: f"i love {v}.".casefold() in reply.casefold(),
     "capitals": lambda reply, _: reply.isupper(),
     "ending": lambda reply, v: reply.rstrip(".!").casefold().endswith(" " + v.casefold()),
-    "json": _parses,
+    "json": lambda reply, _: isinstance(_json(reply), dict),
     "emoji": lambda reply, v: reply.startswith(v),
     "pronoun": lambda reply, _: (
         bool(re.search(r"\bthey\b", reply, re.IGNORECASE))
@@ -171,19 +170,14 @@ def main_language(text: str) -> str | None:
     when they are below a tenth of all words, or when two languages are level."""
     words = re.findall(r"[^\W\d_]+", text.casefold())
     counts = {name: sum(w in known for w in words) for name, known in _FUNCTION_WORDS.items()}
-    best, second = sorted(counts.values(), reverse=True)[:2]
-    if best == second or best < max(1, len(words) / 10):
-        return None
-    return max(counts, key=counts.__getitem__)
+    best, second = sorted(counts, key=counts.__getitem__, reverse=True)[:2]
+    clear = counts[best] > counts[second] and counts[best] >= len(words) / 10
+    return best if clear else None
 
 
 def _fenced_json(reply: str, _: str) -> bool:
-    text = re.sub(r"^```(?:json)?\s*|\s*```$", "", reply.strip(), flags=re.IGNORECASE)
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
+    text = re.sub(r"^```(?:json)?\s*|\s*```$", "", reply, flags=re.IGNORECASE)
+    return _json(text) is not ...
 
 
 def _sentences(reply: str) -> int:
@@ -193,11 +187,8 @@ def _sentences(reply: str) -> int:
 
 def _emoji_only(reply: str, _: str) -> bool:
     characters = re.sub(r"[\s\u200d\ufe0e\ufe0f\u20e3]", "", reply)  # joiners of emojis go
-    return bool(characters) and all(_is_emoji(ord(char)) for char in characters)
-
-
-def _is_emoji(code: int) -> bool:
-    return 0x1F000 <= code <= 0x1FAFF or 0x2600 <= code <= 0x27BF or 0x2B00 <= code <= 0x2BFF
+    blocks = r"[\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff]+"
+    return re.fullmatch(blocks, characters) is not None
 
 
 def _mentions(reply: str, value: str) -> bool:

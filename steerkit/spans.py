@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from steerkit.chat import Dialogue, Prompt, as_messages, template_text
+from steerkit.chat import Dialogue, Prompt, as_messages, prompt_text
 
 Span = tuple[int, int]
 Spans = Tensor | Sequence[Sequence[Span]]
@@ -39,15 +39,12 @@ def find_span(
     'Hobby: chess.'
     """
     spans = find_spans(tokenizer, prompt, phrase)
-    if occurrence is None and len(spans) > 1:
+    if occurrence is None and len(spans) == 1:
+        return spans[0]
+    if occurrence is None or not -len(spans) <= occurrence < len(spans):
         raise ValueError(
-            f"{phrase!r} stands in the prompt {len(spans)} times: choose one by occurrence=0 to "
-            f"{len(spans) - 1}, or take all with find_spans"
-        )
-    occurrence = occurrence or 0
-    if not -len(spans) <= occurrence < len(spans):
-        raise ValueError(
-            f"occurrence={occurrence}: {phrase!r} stands in the prompt {len(spans)} times"
+            f"occurrence={occurrence}: {phrase!r} stands in the prompt {len(spans)} times: choose "
+            f"one by occurrence=0 to {len(spans) - 1}, or take all with find_spans"
         )
     return spans[occurrence]
 
@@ -60,17 +57,38 @@ def find_spans(tokenizer: Tokenizer, prompt: Prompt, phrase: str) -> list[Span]:
     phrase = phrase.strip()
     if not phrase:
         raise ValueError("the phrase is empty: give the words to look for")
-    text = _tokenized(tokenizer, prompt)
-    covering = [text.covering(*match.span()) for match in re.finditer(re.escape(phrase), text.text)]
-    spans = [span for span in covering if _same_words(text.decode(*span), phrase)]
-    if not covering:
-        raise ValueError(f"{phrase!r} is not in the prompt {text.text[:80]!r}")
+    text, ids, offsets = _tokenize(tokenizer, prompt)
+    readings = {}  # span -> its tokens, decoded
+    for match in re.finditer(re.escape(phrase), text):
+        # Every token that holds any of these characters, pieces of one character included.
+        inside = [t for t, (a, b) in enumerate(offsets) if a < match.end() and b > match.start()]
+        start, end = min(inside, default=0), max(inside, default=-1) + 1
+        reading = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+        readings[start, end] = reading
+    if not readings:
+        raise ValueError(f"{phrase!r} is not in the prompt {text[:80]!r}")
+    spans = [span for span, reading in readings.items() if reading.split() == phrase.split()]
     if not spans:
-        reads = text.decode(*covering[0])
+        reading = next(iter(readings.values()))
         raise ValueError(
-            f"{phrase!r} does not end where tokens end: its tokens read {reads!r}; take those words"
+            f"{phrase!r} does not end where tokens end: its tokens read {reading!r}; take those "
+            "words"
         )
     return spans
+
+
+def _tokenize(
+    tokenizer: Tokenizer, prompt: Prompt, *, opened: bool = True
+) -> tuple[str, list[int], list[tuple[int, int]]]:
+    """A prompt's text, its token ids, and the characters [start, end) that each stands for."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not say which characters a token stands for: load a "
+            "fast tokenizer (tokenizer.json)"
+        )
+    text, plain = prompt_text(tokenizer, prompt, opened=opened), isinstance(prompt, str)
+    encoded = tokenizer(text, add_special_tokens=plain, return_offsets_mapping=True)
+    return text, encoded["input_ids"], encoded["offset_mapping"]
 
 
 def span_mask(spans: Spans) -> tuple[Tensor, bool]:
@@ -87,27 +105,20 @@ def span_mask(spans: Spans) -> tuple[Tensor, bool]:
     if not len(spans):
         raise ValueError("no spans: expected for each row a list of (start, end), as [[(5, 12)]]")
     for number, row in enumerate(spans):
-        _check_spans(row, number)
+        try:
+            right = len(row) > 0 and all(0 <= start < end for start, end in row)
+        except (TypeError, ValueError):  # no pairs
+            right = False
+        if not right:
+            raise ValueError(
+                f"row {number} of the spans is {row!r}: expected a list of at least one "
+                "(start, end) with 0 <= start < end, as in [[(5, 12)]] for one prompt"
+            )
     inside = torch.zeros(len(spans), max(end for row in spans for _, end in row), dtype=torch.bool)
     for mask, row in zip(inside, spans, strict=True):
         for start, end in row:
             mask[start:end] = True
     return inside, False
-
-
-def _check_spans(row: object, number: int) -> None:
-    pairs = isinstance(row, Sequence) and all(isinstance(x, Sequence) and len(x) == 2 for x in row)
-    if not pairs or not row:
-        raise ValueError(
-            f"row {number} of the spans is {row!r}: expected a list of at least one (start, end), "
-            "as in [[(5, 12)]] for one prompt"
-        )
-    for start, end in row:
-        if not 0 <= start < end:
-            raise ValueError(
-                f"row {number}: span [{start}, {end}) is empty, reversed or negative: expected "
-                "0 <= start < end"
-            )
 
 
 # --- turns -------------------------------------------------------------------------------------
@@ -132,19 +143,19 @@ def find_turns(tokenizer: Tokenizer, dialogue: Dialogue) -> tuple[Tensor, list[T
     for a template that rewrites a message when others follow.
     """
     messages = as_messages(dialogue)
-    whole = _tokenized(tokenizer, messages, opened=False)
+    whole, ids, offsets = _tokenize(tokenizer, messages, opened=False)
     ends = [0]
     for n in range(len(messages)):
-        text = template_text(tokenizer, messages[: n + 1], opened=False)
-        if not whole.text.startswith(text):
+        text = prompt_text(tokenizer, messages[: n + 1], opened=False)
+        if not whole.startswith(text):
             raise ValueError(
                 f"the chat template rewrites message {n} when others follow, so messages have no "
                 "place of their own; use a template that only appends"
             )
-        ends.append(whole.tokens_before(len(text)))
+        ends.append(sum(start < len(text) for start, _ in offsets))
     numbers = accumulate(int(message.role == "user") for message in messages)
     places = zip(numbers, messages, ends, ends[1:], strict=False)
-    return torch.tensor([whole.ids]), [Turn(n, m.role, start, end) for n, m, start, end in places]
+    return torch.tensor([ids]), [Turn(n, m.role, start, end) for n, m, start, end in places]
 
 
 def reduce_by_turn(
@@ -164,48 +175,4 @@ def reduce_by_turn(
             "different texts"
         )
     reduced = [reduce(values[..., t.start : t.end], dim=-1) for t in turns if t.role == role]
-    if not reduced:
-        raise ValueError(
-            f"no message of role {role!r}: there are {sorted({t.role for t in turns})}"
-        )
     return torch.stack(reduced, dim=-1)
-
-
-# --- characters and tokens ---------------------------------------------------------------------
-
-
-class _Text(NamedTuple):
-    """A prompt's text, its token ids, and the characters [start, end) that each stands for."""
-
-    text: str
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-    tokenizer: Tokenizer
-
-    def covering(self, start: int, end: int) -> Span:
-        """The tokens that hold any of these characters; pieces of one character included."""
-        inside = [t for t, (a, b) in enumerate(self.offsets) if a < end and b > start]
-        return (inside[0], inside[-1] + 1) if inside else (0, 0)
-
-    def tokens_before(self, character: int) -> int:
-        """How many tokens begin before this character."""
-        return sum(start < character for start, _ in self.offsets)
-
-    def decode(self, start: int, end: int) -> str:
-        return self.tokenizer.decode(self.ids[start:end], clean_up_tokenization_spaces=False)
-
-
-def _tokenized(tokenizer: Tokenizer, prompt: Prompt, *, opened: bool = True) -> _Text:
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{type(tokenizer).__name__} does not say which characters a token stands for: load a "
-            "fast tokenizer (tokenizer.json)"
-        )
-    plain = isinstance(prompt, str)
-    text = prompt if plain else template_text(tokenizer, prompt, opened=opened)
-    encoded = tokenizer(text, add_special_tokens=plain, return_offsets_mapping=True)
-    return _Text(text, encoded["input_ids"], encoded["offset_mapping"], tokenizer)
-
-
-def _same_words(a: str, b: str) -> bool:
-    return a.split() == b.split()

@@ -53,7 +53,7 @@ def test_the_pieces_of_a_template_lie_around_the_contents(tiny):
 
 def test_a_template_that_leaves_a_message_out_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(tiny[1], "chat_template", "{{ messages[0]['content'] }}")
-    with pytest.raises(ValueError, match="does not show message 1 once and in its place"):
+    with pytest.raises(ValueError, match="shows the messages 0 of 0 to 1, and not each once"):
         template_pieces(tiny[1], [Message("user", "Hi."), Message("assistant", "Yes.")])
 
 

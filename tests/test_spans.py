@@ -211,7 +211,6 @@ def reduced(tokenizer: PreTrainedTokenizerBase, tokens: int = 0, **options: str)
         (lambda t: find_span(t, TEXT, "eply in Frenc"), "its tokens read ' ?Reply in French'"),
         (lambda t: find_turns(t, []), "at least one message"),
         (lambda t: find_turns(rewriting(t), DIALOGUE), "rewrites message 0"),
-        (lambda t: reduced(t, role="tool"), "'tool'.*assist"),
         (lambda t: reduced(t, tokens=1), "different texts"),
         (lambda t: find_span(Slow(), TEXT, "tea"), "Slow does not say .* fast tokenizer"),
     ],

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-WIDTHS = {"holds": 5, "notebook": 8, "claim": 44, "ours": 21, "paper": 18}  # 100 with the gaps
+LINE = "{:5} {:8} {:44.44} {:21.21} {:18.18}"  # 100 columns: what is too long is cut
 
 
 def read_claims(folders: Iterable[Path]) -> list[dict[str, Any]]:
@@ -18,28 +18,21 @@ def read_claims(folders: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def claims_table(claims: Iterable[dict[str, Any]]) -> str:
-    """One line for each claim, at most 100 columns: what is too long is cut."""
-    lines = [_line(WIDTHS)]
+    """One line for each claim, at most 100 columns."""
+    lines = [LINE.format("holds", "notebook", "claim", "ours", "paper")]
     for claim in claims:
-        holds = "yes" if claim["holds"] else "NO"
+        holds, number = "yes" if claim["holds"] else "NO", claim["notebook"].partition("_")[0]
         paper = claim["paper"] or {}
-        numbers = _short(claim["ours"]), _short(paper.get("values", paper.get("value", "-")))
-        lines.append(_line([holds, claim["notebook"].partition("_")[0], claim["claim"], *numbers]))
-    return "\n".join(lines)
-
-
-def _line(cells: Iterable[str]) -> str:
-    cut = [
-        text if len(text) <= width else text[: width - 1] + "…"
-        for text, width in zip(cells, WIDTHS.values(), strict=True)
-    ]
-    return " ".join(map(str.ljust, cut, WIDTHS.values())).rstrip()
+        published = paper.get("values", paper.get("value", "-"))
+        ours = _short(claim["ours"])
+        lines.append(LINE.format(holds, number, claim["claim"], ours, _short(published)))
+    return "\n".join(map(str.rstrip, lines))
 
 
 def _short(value: Any) -> str:
     """Numbers to four significant digits, side by side."""
     if isinstance(value, dict):
-        value = list(value.values())
+        return _short(list(value.values()))
     if isinstance(value, list):
         return " ".join(_short(part) for part in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 a notebook failed or an exercise is open, 2 a wrong request."""
     args = _parser().parse_args(argv)
     try:
-        return args.command(args)
+        return COMMANDS[args.name](args)
     except (ValueError, OSError, ImportError) as error:
         hint = "; pip install 'steerkit[notebooks]'" if isinstance(error, ImportError) else ""
         print(f"steerkit {args.name}: {error}{hint}", file=sys.stderr)
@@ -41,7 +41,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="execute notebooks, end with one table of claims")
-    run.set_defaults(command=_run)
     run.add_argument("--profile", default="cpu", choices=PROFILES, help="how much (default: cpu)")
     run.add_argument("--model", metavar="ID_OR_DIR", help="default: the embedded models")
     run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
@@ -49,17 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--store", action="store_true", help="authors: commit outputs and figures/")
 
     notebooks = commands.add_parser("notebooks", help="copy the notebooks into a folder")
-    notebooks.set_defaults(command=_notebooks)
-
     student = commands.add_parser("student", help="write student copies and an answer key")
-    student.set_defaults(command=_student)
-    for copies in (notebooks, student):
-        copies.add_argument("folder", type=Path)
-    for some in (run, student):
-        some.add_argument("--only", nargs="+", default=(), metavar="NAME", help="by prefix: 04")
+    for command in (notebooks, student):
+        command.add_argument("folder", type=Path)
+    for command in (run, student):
+        command.add_argument("--only", nargs="+", default=(), metavar="NAME", help="by prefix: 04")
 
     check = commands.add_parser("check", help="say which exercises of a student's copy are right")
-    check.set_defaults(command=_check)
     check.add_argument("notebooks", type=Path, nargs="+", metavar="NOTEBOOK")
     check.add_argument("--profile", default="smoke", choices=PROFILES)
     return parser
@@ -74,8 +69,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("--store commits a profile's default run: not with --model or -p")
     values = {path: runner.overrides(path, args.profile, args.model, args.p) for path in paths}
     outcomes = []
-    for position, path in enumerate(paths, start=1):
-        print(f"{position}/{len(paths)} {path.stem} ({args.profile})", flush=True)
+    for path in paths:
+        print(f"{path.stem} ({args.profile})", flush=True)
         outcome = runner.execute(path, values[path], args.profile, args.out)
         outcomes.append(outcome)
         if args.store and outcome.error is None:
@@ -112,3 +107,6 @@ def _check(args: argparse.Namespace) -> int:
             print(f"  Exercise {number}: {state}")
             states.append(state)
     return 0 if set(states) == {exercises.RIGHT} else 1
+
+
+COMMANDS = {"run": _run, "notebooks": _notebooks, "student": _student, "check": _check}

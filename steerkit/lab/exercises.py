@@ -63,14 +63,10 @@ def student_copy(notebook: "NotebookNode") -> "NotebookNode":
     for number, place in enumerate(places, start=1):
         question, code = copy.cells[place - 1], copy.cells[place]
         asked, answer = QUESTION.search(question.source), ANSWER.fullmatch(code.source)
-        if asked is None or int(asked[1]) != number:
+        if not (asked and answer and asked[1] == answer["number"] == str(number)):
             raise ValueError(
-                f"exercise {number}: expected `**{number} (5 minutes).** ... *Hint: ...*` above it"
-            )
-        if answer is None or int(answer["number"]) != number:
-            raise ValueError(
-                f"exercise {number}: expected `# Solution`, its lines, and last "
-                f"`with exercise({number}, name, ...):`"
+                f"exercise {number}: expected above it `**{number} (5 minutes).** ... *Hint: "
+                f"...*`, in it `# Solution`, and last `with exercise({number}, name, ...):`"
             )
         hint = f"\n\n<details><summary>Hint</summary>\n\n{asked[3]}\n\n</details>"
         question.source = question.source.removesuffix(asked[2]) + hint
@@ -98,11 +94,7 @@ def write_copies(notebooks: Sequence[Path], out: Path) -> list[Path]:
     texts = {}
     for path in notebooks:
         notebook = nbformat.read(path, as_version=4)
-        try:
-            copy = student_copy(notebook)
-        except ValueError as error:
-            raise ValueError(f"{path.name}: {error}") from error
-        texts[out / "student" / path.name] = nbformat.writes(copy) + "\n"
+        texts[out / "student" / path.name] = nbformat.writes(student_copy(notebook)) + "\n"
         texts[out / "answers" / path.name] = nbformat.writes(notebook) + "\n"
     for path, text in texts.items():
         if path.exists() and path.read_text(encoding="utf-8") != text:

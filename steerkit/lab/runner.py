@@ -46,9 +46,9 @@ def find_notebooks(prefixes: Sequence[str] = ()) -> list[Path]:
     folders = (Path.cwd(), Path.cwd() / "notebooks", NOTEBOOKS)
     folder = next(folder for folder in folders if any(folder.glob(NAMES)))
     paths = sorted(folder.glob(NAMES))
+    names = [path.stem for path in paths]
     for prefix in prefixes:
-        if not any(path.stem.startswith(prefix) for path in paths):
-            names = ", ".join(path.stem for path in paths)
+        if not any(name.startswith(prefix) for name in names):
             raise ValueError(f"no notebook in {folder} starts with {prefix!r}; there are {names}")
     return [path for path in paths if not prefixes or path.stem.startswith(tuple(prefixes))]
 
@@ -61,8 +61,8 @@ def copy_notebooks(folder: Path) -> list[Path]:
 
 def parameters(path: Path) -> dict[str, Any]:
     """Names and default values of the cell tagged `parameters`, as papermill reads them."""
-    found = papermill.inspect_notebook(str(path))
-    return {name: ast.literal_eval(one["default"]) for name, one in found.items()}
+    cell = papermill.inspect_notebook(str(path))
+    return {name: ast.literal_eval(entry["default"]) for name, entry in cell.items()}
 
 
 def overrides(
@@ -77,9 +77,11 @@ def overrides(
     requested = {"PROFILE": profile} | dict(extra)
     if model is not None and "MODEL" in defaults:
         requested["MODEL"] = model
-    if unknown := sorted(requested.keys() - defaults):
-        have = ", ".join(defaults) or "none: tag a cell `parameters`"
-        raise ValueError(f"{path.stem} has no parameter {unknown[0]}; it has {have}")
+    if unknown := requested.keys() - defaults:
+        raise ValueError(
+            f"{path.stem} has no parameter {min(unknown)}; its cell tagged `parameters` has "
+            f"{list(defaults)}"
+        )
     typed = {name: _typed(name, text, defaults[name]) for name, text in requested.items()}
     return {name: value for name, value in typed.items() if value != defaults[name]}
 
@@ -109,12 +111,13 @@ def execute(
     usage = results / "usage.json"
     shutil.rmtree(results, ignore_errors=True)
     results.mkdir(parents=True)
+    done.mkdir(exist_ok=True)
     environment = {
-        RUNS: str((out / "partial").resolve()),
+        RUNS: str(partial.parent.resolve()),
         USAGE_FILE: str(usage.resolve()),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else the kernel's debugger warns on the terminal
     }
-    start, error = time.perf_counter(), None
+    start = time.perf_counter()
     try:
         with patch.dict(os.environ, environment):
             papermill.execute_notebook(
@@ -128,9 +131,8 @@ def execute(
                 extra_arguments=["--log-level=ERROR", "--ext=steerkit.lab.usage"],
             )
     except Exception as failure:  # one notebook's failure must not stop the others
-        error = _explain(failure)
-    if error is not None:
-        return Outcome(path.stem, error, partial / path.name, results)
+        return Outcome(path.stem, _explain(failure), partial / path.name, results)
+
     record = {"notebook": path.stem, "profile": profile, "parameters": dict(values)}
     record |= {"machine": machine(), "versions": versions()}
     record["seconds"] = round(time.perf_counter() - start, 1)
@@ -138,7 +140,8 @@ def execute(
         record |= json.loads(usage.read_text(encoding="utf-8"))
         usage.unlink()
     write_json(results / "run.json", record)
-    move_folder(results, done / path.stem)
+    shutil.rmtree(done / path.stem, ignore_errors=True)
+    results.replace(done / path.stem)
     executed = (partial / path.name).replace(done / path.name)
     return Outcome(path.stem, None, executed, done / path.stem)
 
@@ -148,17 +151,8 @@ def _explain(failure: Exception) -> str:
     if not isinstance(failure, PapermillExecutionError):
         return f"{type(failure).__name__}: {failure}".strip()
     line = failure.source.strip().partition("\n")[0]
-    reason = f"{failure.ename}: {failure.evalue}"
-    if failure.ename == "OutOfMemoryError":
-        reason += "; take a smaller --model (`accelerate estimate-memory ID`) or --profile"
-    return f"cell In [{failure.exec_count}], {line[:60]!r}: {reason}"
-
-
-def move_folder(new: Path, old: Path) -> None:
-    """Put the folder `new` in the place of `old`, on the same file system."""
-    old.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(old, ignore_errors=True)
-    new.replace(old)
+    place = f"cell In [{failure.exec_count}], {line[:60]!r}"
+    return f"{place}: {failure.ename}: {failure.evalue}"
 
 
 def store(outcome: Outcome, path: Path, figures: Path) -> None:
@@ -171,8 +165,8 @@ def store(outcome: Outcome, path: Path, figures: Path) -> None:
         write_text(path, stripped(new))
     elif not any("injected-parameters" in cell.metadata.get("tags", []) for cell in new.cells):
         raise ValueError(f"{path.name} was edited while it ran: run it again")
-    copy = figures.with_name(f".{figures.name}.tmp")
-    move_folder(Path(shutil.copytree(outcome.results, copy, dirs_exist_ok=True)), figures)
+    shutil.rmtree(figures, ignore_errors=True)
+    shutil.copytree(outcome.results, figures)
 
 
 def stripped(notebook: NotebookNode) -> str:
@@ -181,7 +175,8 @@ def stripped(notebook: NotebookNode) -> str:
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     for cell in notebook.cells:
-        cell.metadata = {key: tags for key, tags in cell.metadata.items() if key == "tags" and tags}
+        tags = cell.metadata.get("tags")
+        cell.metadata = {"tags": tags} if tags else {}
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
     return nbformat.writes(notebook).replace(f"{ROOT}{os.sep}", "") + "\n"
