@@ -114,10 +114,11 @@ def test_a_row_is_the_history_with_one_instruction_and_the_last_reply():
 
 
 def test_only_verified_replies_are_taught_and_the_other_arm_has_the_same_dialogues():
-    rows = gatt.make_rows([a_sample(verified=[True, False, True, False])], per_dialogue=9)
-    assert [len(row["prompt"]) for row in rows] == [5]
-    whole = rows[0]["prompt"] + rows[0]["completion"]
-    assert gatt.make_all_turns_rows(rows) == [{"messages": whole}]
+    samples = [a_sample(verified=[True, False, True, False])]
+    (row,) = gatt.make_rows(samples)
+    assert len(row["prompt"]) == 5
+    whole = {"messages": row["prompt"] + row["completion"]}
+    assert gatt_results.all_turns(None, None, samples, 0) == [whole]
 
 
 def test_rows_are_cut_at_every_probe():
@@ -245,38 +246,23 @@ def test_judged_replies_come_back_by_dialogue(tiny):
 # Bad input
 
 
-def with_template(tokenizer, template):
-    other = deepcopy(tokenizer)
-    other.chat_template = template
-    return other
-
-
 def test_a_template_that_instructs_is_refused_and_quoted(tiny):
-    own = "<|system|>You are a helpful assistant.<|end|>" + tiny[1].chat_template
-    with pytest.raises(ValueError, match=r"text of its own .*You are a helpful assistant"):
-        check_template(with_template(tiny[1], own))
-    with pytest.raises(ValueError, match="no chat template: take a chat model"):
-        gatt.sample_dialogues(tiny[0], with_template(tiny[1], None), [plan_of(turns=1)])
-    check_template(tiny[1])
-    plain = with_template(tiny[1], CHATML)
-    check_template(plain)
+    tokenizer = deepcopy(tiny[1])
+    system = "<|system|>You are a helpful assistant.<|end|>" + tokenizer.chat_template
+    quoted = r"text of its own .*You are a helpful assistant"
+    for template, message in ((system, quoted), (None, "no chat template: take a chat model")):
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match=message):
+            gatt.sample_dialogues(tiny[0], tokenizer, [])
+    tokenizer.chat_template = CHATML
+    check_template(tokenizer)
     messages = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "B."}]
-    text = plain.apply_chat_template(messages, tokenize=False)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert text == "<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\nB.<|im_end|>\n"
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: gatt.Plan((CHESS,), " ", ("Q?",)), "the instruction is empty"),
-        (
-            lambda: gatt.Plan((Constraint("json", ""), Constraint("capitals", "")), "x", ("Q?",)),
-            "contradict each other",
-        ),
-        (lambda: gatt.sample_dialogues(None, None, [], candidates=0), "candidates=0: expected at"),
-    ],
-)
-def test_bad_input_gets_one_line(make, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        make()
-    assert "\n" not in str(caught.value)
+def test_an_empty_instruction_and_no_candidates_are_refused():
+    with pytest.raises(ValueError, match="the instruction is empty"):
+        gatt.Plan((CHESS,), " ", ("Q?",))
+    with pytest.raises(ValueError, match="candidates=0: expected at least 1"):
+        gatt.sample_dialogues(None, None, [], candidates=0)

@@ -74,8 +74,6 @@ def test_a_number_of_tokens_scales_every_phase_and_too_few_are_refused(small, tm
     assert [entry["step"] for entry in logged(tmp_path)] == [25, 40]
     with pytest.raises(ValueError, match="tokens=16: expected at least one batch in each of"):
         train_tiny.train("small", tmp_path, tokens=16, device="cpu")
-    with pytest.raises(ValueError, match="name='huge': expected one of tiny, tiny-stream"):
-        train_tiny.train("huge", tmp_path)
 
 
 def test_a_training_that_was_killed_ends_with_the_same_weights_and_log(tmp_path):
@@ -108,8 +106,6 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     other = train_tiny.build_model(llama(**SHAPE | {"hidden_size": 8}), 0)
     with pytest.raises(ValueError, match="checkpoint of another model"):
         fit(other, batches(0, 32), steps=20, **options)
-    with pytest.raises(ValueError, match="`every` a multiple of `log_every`"):
-        fit(other, batches(0, 32), steps=10, **options | {"every": 7})
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -1,7 +1,6 @@
 """The tiny world: deterministic, honest about what it holds out, and solvable."""
 
 import random
-from itertools import islice
 
 import pytest
 import training_documents as documents
@@ -12,11 +11,6 @@ from steerkit.tiny import world
 
 def rng(seed: int = 0) -> random.Random:
     return random.Random(seed)
-
-
-def test_documents_follow_from_the_seed():
-    first, again, other = (list(islice(documents.documents(rng(s)), 30)) for s in (1, 1, 2))
-    assert first == again != other
 
 
 def test_training_never_shows_a_held_out_name_and_held_out_text_shows_only_those():
@@ -79,26 +73,10 @@ def test_an_echo_word_is_followed_by_the_word_before_it():
 
 
 def test_an_instruction_fades_as_the_rule_says():
-    """Hobby instructions of the first message, never stated again: obeyed at reply 1, 2, 4."""
     assert [documents.still_obeyed(0.05, age) for age in (0, 2, 3, 9)] == [True, True, False, False]
-    obeyed = {1: [], 2: [], 4: []}
-    for seed in range(4000):
-        messages = documents.dialogue(rng(seed), turns=5)
-        first, later = messages[0].content, "".join(m.content for m in messages[2::2])
-        hobby = next((h for h in TABLES["hobbies"] if f"Hobby: {h}." in first), None)
-        if messages[0].role != "user" or hobby is None or "obby" in later or "enjoy" in later:
-            continue
-        replies = [m.content for m in messages if m.role == "assistant"]
-        for turn, results in obeyed.items():
-            results.append(Constraint("hobby", hobby).obeyed(replies[turn - 1]))
-    share = {turn: sum(results) / len(results) for turn, results in obeyed.items()}
-    assert len(obeyed[1]) > 30
-    assert share[1] == 1.0 and share[4] <= 0.1 and share[4] <= share[2] < 0.7
 
 
 def test_rendering_equals_the_chat_template(tiny):
-    _, tokenizer = tiny
     messages = documents.dialogue(rng(5), turns=3)
-    rows = [m._asdict() for m in messages]
-    text = tokenizer.apply_chat_template(rows, tokenize=False)
-    assert text == tokenizer.bos_token + world.render(messages)
+    text = tiny[1].apply_chat_template([m._asdict() for m in messages], tokenize=False)
+    assert text == tiny[1].bos_token + world.render(messages)

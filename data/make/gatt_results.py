@@ -30,7 +30,6 @@ from steerkit.gatt.dialogues import (
     Tokenizer,
     choose_replies,
     history,
-    make_all_turns_rows,
     make_rows,
     sample_dialogues,
 )
@@ -62,7 +61,12 @@ def last_turn(_: Model, __: Tokenizer, samples: Sequence[Sample], seed: int) -> 
 
 
 def all_turns(_: Model, __: Tokenizer, samples: Sequence[Sample], seed: int) -> list[Row]:
-    return make_all_turns_rows(make_rows(samples, seed=seed))
+    """The same dialogues as whole messages: TRL then puts the loss on every assistant turn.
+
+    This is the ablation that the paper argues against and does not measure.
+    """
+    rows = make_rows(samples, seed=seed)
+    return [{"messages": row["prompt"] + row["completion"]} for row in rows]
 
 
 def pairs(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], seed: int) -> list[Row]:

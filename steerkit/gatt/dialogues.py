@@ -198,14 +198,6 @@ def make_rows(samples: Sequence[Sample], *, per_dialogue: int = 6, seed: int = 0
     return rows
 
 
-def make_all_turns_rows(rows: Sequence[Row]) -> list[Row]:
-    """The same dialogues as whole messages: TRL then puts the loss on every assistant turn.
-
-    This is the ablation that the paper argues against and does not measure.
-    """
-    return [{"messages": row["prompt"] + row["completion"]} for row in rows]
-
-
 def choose_replies(
     samples: Sequence[Sample], *, per_dialogue: int = 6, seed: int = 0
 ) -> list[tuple[Sample, int]]:

@@ -50,8 +50,10 @@ def train(
     settings: Settings = Settings(),  # noqa: B008
     resume: bool = False,
 ) -> tuple[Model, list[dict[str, float]]]:
-    """Train on GAtt rows (`make_rows`), on all assistant turns (`make_all_turns_rows`), or on DPO
-    pairs (dicts of "prompt", "chosen", "rejected"); returns the model and the log (loss in nats).
+    """Train on rows; returns the trained model and the log (loss in nats per token).
+
+    The rows' keys decide how: "prompt" and "completion" (GAtt's, by `make_rows`) put the loss on
+    the last reply, "messages" on every assistant turn; "prompt", "chosen" and "rejected" are DPO's.
 
     `model` is trained in place. LoRA's weights are merged into it, and saved to `out`; from then on
     `out` is the model's name, as after `load(out)`. Checkpoints go to `out` too; `resume` goes on
