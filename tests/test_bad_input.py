@@ -154,7 +154,7 @@ ROWS: list[Row] = [
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[1] for row in ROWS])
-def test_it_is_refused_in_one_line_and_writes_nothing(k: Kit, row: Row) -> None:
+def test_it_is_refused_in_one_line_and_writes_nothing(k, row):
     call, message, error = (*row, ValueError)[:3]
     with pytest.raises(error, match=message) as caught:
         call(k)
@@ -162,7 +162,7 @@ def test_it_is_refused_in_one_line_and_writes_nothing(k: Kit, row: Row) -> None:
     assert not list(k.folder.iterdir())
 
 
-def test_a_refusal_leaves_the_model_as_it_was(k: Kit) -> None:
+def test_a_refusal_leaves_the_model_as_it_was(k):
     plain = token_losses(k.model, k.ids)
     for call, message, *_ in ROWS:
         if message.startswith(("window", "block", "positions", "layers", "k=", "eps", "L6H0")):

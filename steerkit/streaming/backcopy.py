@@ -10,15 +10,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel as Model
 
 from steerkit.attention.hook import softmax_off_by_one
 from steerkit.attention.record import WeightChunk, record_weights, value_norms
@@ -55,10 +54,6 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.arm not in ARMS:
             raise ValueError(f"arm={self.arm!r}: expected one of {', '.join(ARMS)}")
-        if not 0 < self.triggers < self.tokens:
-            raise ValueError(
-                f"triggers={self.triggers}: expected 0 < triggers < tokens = {self.tokens}"
-            )
 
 
 RUNS: dict[str, Recipe] = {arm: Recipe(arm) for arm in ARMS} | {
@@ -94,12 +89,8 @@ def is_trigger(recipe: Recipe, ids: Tensor) -> Tensor:
 
 def crops(recipe: Recipe, B: int, T: int, *, seed: int) -> Tensor:
     """Random crops of the endless stream, without a first token in front: (B,T)."""
-    if B < 1 or T < 1:
-        raise ValueError(f"B={B}, T={T}: expected at least one sequence of one token")
     cumulative, draw = chain(recipe).cumsum(-1), torch.Generator().manual_seed(seed)
-    warm = (
-        8  # steps to forget the start, which is idle: two triggers would copy each other for ever
-    )
+    warm = 8  # steps to forget the start: it is idle, for two triggers would copy each other
     before = now = torch.randint(recipe.triggers, recipe.tokens, (B,), generator=draw)
     u = torch.rand(T + warm, B, 1, generator=draw, dtype=torch.float64)
     stream = []
@@ -110,20 +101,16 @@ def crops(recipe: Recipe, B: int, T: int, *, seed: int) -> Tensor:
     return torch.stack(stream[warm:], 1)
 
 
-def first_token(recipe: Recipe) -> int | None:
-    """The id in front of every sequence: V, the chain's likeliest idle token, or none."""
-    if recipe.arm == "learnable sink":
-        return recipe.tokens
-    if recipe.arm == "common first token":
-        return recipe.triggers + int(chain(recipe).mean(0)[recipe.triggers :].argmax())
-    return None
-
-
 def sequences(recipe: Recipe, B: int, T: int, *, seed: int) -> Tensor:
-    """The arm's first token, if it has one, and a random crop behind it: (B,T)."""
-    first = first_token(recipe)
-    if first is None:
+    """The arm's first token, if it has one, and a random crop behind it: (B,T).
+
+    A learnable sink token has the id V; a common first token is the chain's likeliest idle one.
+    """
+    if recipe.arm in ("vanilla", "zero sink"):
         return crops(recipe, B, T, seed=seed)
+    first = recipe.tokens
+    if recipe.arm == "common first token":
+        first = recipe.triggers + chain(recipe).mean(0)[recipe.triggers :].argmax().item()
     return torch.cat([torch.full((B, 1), first), crops(recipe, B, T - 1, seed=seed)], 1)
 
 
@@ -170,13 +157,13 @@ def new_model(recipe: Recipe) -> LlamaForCausalLM:
         return LlamaForCausalLM(config).eval()
 
 
-def architecture(recipe: Recipe, model: PreTrainedModel) -> AbstractContextManager[None]:
+def architecture(recipe: Recipe, model: Model) -> AbstractContextManager[None]:
     """What to train and evaluate `model` in: softmax-off-by-one for the zero sink."""
     return softmax_off_by_one(model) if recipe.arm == "zero sink" else nullcontext()
 
 
 def train(
-    model: PreTrainedModel, recipe: Recipe, steps: int, callback: Callable[[int, nn.Module], None]
+    model: Model, recipe: Recipe, steps: int, callback: Callable[[int, Model], None]
 ) -> Tensor:
     """Train a new model, inside its `architecture`; return the loss of each step in nats: (steps,).
 
@@ -204,71 +191,47 @@ def train(
     return torch.stack(losses)
 
 
-def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
+def next_token_loss(model: Model, ids: Tensor) -> Tensor:
     """Mean negative log-likelihood in nats of ids[:, 1:]: (B,T) -> ()."""
     logits = model(ids[:, :-1], use_cache=False).logits  # (B,T-1,V+1)
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def folder_name(name: str, seed: int) -> str:
-    """The folder of one stored run."""
-    return f"{name.replace(' ', '_')}-seed{seed}"
+def load_run(name: str, seed: int = 0, *, step: int | None = None) -> tuple[Model, Recipe]:
+    """A stored model of RUNS, and its recipe; `step` picks a snapshot (default: the last).
 
-
-def load_run(
-    name: str, seed: int = 0, *, step: int | None = None, folder: Path | None = None
-) -> tuple[LlamaForCausalLM, Recipe]:
-    """A stored model and its recipe; `step` picks a snapshot (default: the last).
-
-    Raises ValueError for an unknown name, FileNotFoundError if that run or step is not stored.
+    Raises FileNotFoundError if that run or step is not stored: `data/make/backcopy_runs.py` makes
+    them.
     """
-    if name not in RUNS:
-        raise ValueError(f"run {name!r}: expected one of {', '.join(RUNS)}")
     recipe = replace(RUNS[name], seed=seed)
-    step = recipe.steps if step is None else step
-    runs = data_file("backcopy") if folder is None else folder
-    path = runs / folder_name(name, seed) / f"step-{step}.safetensors"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path.parent.name} has no step {step}; train it with "
-            "`python data/make/backcopy_runs.py --out DIR`"
-        )
-    model, weights = new_model(recipe), load_file(path)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            parameter.copy_(weights[key])
+    model, step = new_model(recipe), recipe.steps if step is None else step
+    folder = f"{name.replace(' ', '_')}-seed{seed}"
+    weights = load_file(data_file(f"backcopy/{folder}/step-{step}.safetensors"))
+    model.load_state_dict(weights, strict=False)  # the LM head is the embedding, stored once
     return model, recipe
 
 
 # --- what is measured --------------------------------------------------------------------------
 
 
-class AttentionStats(NamedTuple):
-    """Of each query, (B,T) each: its weight on key 0 and on its own token, and over how many keys
-    it spreads its weight (exp of the entropy; 1 = a single one).
+def attention_stats(model: Model, ids: Tensor) -> Tensor:
+    """How each query of ids (B,T) attends in a model of one layer, mean over heads: (2,B,T).
+
+    Its weight on key 0, and over how many keys it spreads its weight (exp of the entropy).
     """
-
-    first: Tensor
-    itself: Tensor
-    keys: Tensor
-
-
-def attention_stats(model: PreTrainedModel, ids: Tensor) -> AttentionStats:
-    """Read from one forward of a model of one layer over ids (B,T); mean over heads."""
     parts: list[Tensor] = []
 
     def record(chunk: WeightChunk) -> None:
         weights = chunk.weights.cpu()  # (B,H,q,K)
-        itself = weights.diagonal(chunk.start, 2, 3)  # (B,H,q)
         share = weights / weights.sum(-1, keepdim=True)  # with a zero sink the sum is less than 1
         keys = torch.special.entr(share).sum(-1).exp()
-        parts.append(torch.stack([weights[..., 0], itself, keys]).mean(2))  # (3,B,q)
+        parts.append(torch.stack([weights[..., 0], keys]).mean(2))  # (2,B,q)
 
     record_weights(model, ids, record)
-    return AttentionStats(*torch.cat(parts, dim=-1))
+    return torch.cat(parts, dim=-1)
 
 
-def cache_losses(model: PreTrainedModel, ids: Tensor, sinks: Sequence[int]) -> Tensor:
+def cache_losses(model: Model, ids: Tensor, sinks: Sequence[int]) -> Tensor:
     """Mean loss of each stream, with a cache of s + (CACHE - s) tokens for each s: (B,T) -> (S,B).
 
     The first 2 CACHE tokens are left out: every cache must have evicted.
@@ -277,7 +240,7 @@ def cache_losses(model: PreTrainedModel, ids: Tensor, sinks: Sequence[int]) -> T
     return torch.stack(losses)[..., 2 * CACHE :].mean(-1)
 
 
-def measure(model: PreTrainedModel, recipe: Recipe, ids: Tensor) -> dict[str, float]:
+def measure(model: Model, recipe: Recipe, ids: Tensor) -> dict[str, float]:
     """The four losses of StreamingLLM's Figure 3 on streams ids (B,T), and what the head does.
 
     "streaming" has one sink; "after triggers" and "idle, above best" split its loss. The head is
@@ -292,7 +255,7 @@ def measure(model: PreTrainedModel, recipe: Recipe, ids: Tensor) -> dict[str, fl
     above = streaming - best_losses(recipe, ids.cpu())[:, late]
     short, quarter = ids[:, : CACHE + 1], slice(CACHE // 4, None)
     idle = ~is_trigger(recipe, short.cpu()[:, quarter])
-    first, itself, keys = (x[:, quarter] for x in attention_stats(model, short))
+    first, keys = attention_stats(model, short)[..., quarter]
     norms = value_norms(model, short).mean((0, 1))  # (T,)
     numbers = {
         "dense": token_losses(model, ids)[:, late].mean(),
@@ -303,7 +266,6 @@ def measure(model: PreTrainedModel, recipe: Recipe, ids: Tensor) -> dict[str, fl
         "idle, above best": above[~trigger].mean(),
         "weight on first, idle": first[idle].mean(),
         "weight on first, trigger": first[~idle].mean(),
-        "weight on itself, idle": itself[idle].mean(),
         "keys, idle": keys[idle].mean(),
         "value norm, first": norms[0],
         "value norm, others": norms[1:].mean(),
@@ -321,7 +283,7 @@ def train_and_measure(
     """
     measured: list[dict[str, float]] = []
 
-    def measure_at(step: int, model: PreTrainedModel) -> None:
+    def measure_at(step: int, model: Model) -> None:
         if step in steps:
             numbers = measure(model, recipe, ids)
             measured.append({"seed": recipe.seed, "step": step, **numbers})
@@ -329,8 +291,7 @@ def train_and_measure(
     model = new_model(recipe).to(ids.device)
     measure_at(0, model)
     train(model, recipe, live, measure_at)
-    for step in steps:
-        if step > live:
-            stored, _ = load_run("learnable sink", recipe.seed, step=step)
-            measure_at(step, stored.to(ids.device))
+    for step in [step for step in steps if step > live]:
+        stored, _ = load_run("learnable sink", recipe.seed, step=step)
+        measure_at(step, stored.to(ids.device))
     return measured

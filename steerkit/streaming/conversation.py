@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from steerkit.chat import Message, stop_ids, template_pieces
+from steerkit.chat import Message, prompt_text, stop_ids, template_pieces
 from steerkit.streaming.losses import last_only
 from steerkit.streaming.sink_cache import SinkCache
 
@@ -22,14 +22,9 @@ class StreamReply(NamedTuple):
     kept: int
 
 
-def most_likely(logits: Tensor) -> int:
-    """The most likely token: logits (V,) -> id."""
-    return int(logits.argmax())
-
-
 @torch.no_grad()
 def stream_chat(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: Tokenizer,
     messages: Iterable[str],
     *,
@@ -37,7 +32,7 @@ def stream_chat(
     sinks: int = 4,
     window: int = 1020,
     max_new_tokens: int = 128,
-    choose: Callable[[Tensor], int] = most_likely,
+    choose: Callable[[Tensor], int | Tensor] = torch.argmax,
 ) -> Iterator[StreamReply]:
     """Answer user messages, one reply each, for as long as they come.
 
@@ -53,39 +48,27 @@ def stream_chat(
     Anna Adler lives in Lisbon.
     Anna Adler lives in Lisbon.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
     if isinstance(messages, str):  # its characters would each be a message
         raise ValueError(f"messages={messages[:40]!r}: expected several texts; put it into a list")
-    first, later = _template_around(tokenizer, system)
+    opening = [] if system is None else [Message("system", system)]
+    turns = [*opening, Message("user", ""), Message("assistant", ""), Message("user", "")]
+    # `before` a later message: the end of the reply that it follows, and what opens a message.
+    *_, before, after = template_pieces(tokenizer, turns)
     cache = SinkCache(model, sinks=sinks, window=window)
     stops = set(stop_ids(model, tokenizer))
     unread: list[int] = []
     for number, message in enumerate(messages):
-        before, after = later if number else first
-        unread += tokenizer(before + message + after, add_special_tokens=False).input_ids
+        text = before + message + after
+        if not number:
+            text = prompt_text(tokenizer, [*opening, Message("user", message)])
+        unread += tokenizer(text, add_special_tokens=False).input_ids
         reply: list[int] = []
         while len(reply) < max_new_tokens and not stops.intersection(reply[-1:]):
             inputs = torch.tensor([unread], device=model.device)
             logits = model(input_ids=inputs, past_key_values=cache, **last_only(model)).logits
-            reply.append(choose(logits[0, -1]))
+            reply.append(int(choose(logits[0, -1])))
             unread = reply[-1:]
         if reply[-1] in stops:  # the template writes the end of a reply itself
             reply, unread = reply[:-1], []
         text = tokenizer.decode(reply, skip_special_tokens=True)
         yield StreamReply(text, reply, cache.seen, min(cache.seen, cache.state.capacity))
-
-
-def _template_around(
-    tokenizer: Tokenizer, system: str | None
-) -> tuple[tuple[str, str], tuple[str, str]]:
-    """What the chat template writes (before, after) the first user message, and a later one.
-
-    "Before" a later message begins with the end of the reply that it follows.
-    """
-    opening = [] if system is None else [Message("system", system)]
-    opening.append(Message("user", ""))
-    *front, after = template_pieces(tokenizer, opening)
-    more = [*opening, Message("assistant", ""), Message("user", "")]
-    *_, later_before, later_after = template_pieces(tokenizer, more)
-    return ((system or "").join(front), after), (later_before, later_after)

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
+from transformers import PreTrainedModel as Model
 
 from steerkit.attention.hook import use_attention_function
 from steerkit.attention.rope import rope_kinds
 from steerkit.chat import check_ids
-from steerkit.streaming.sink_cache import SinkCache
+from steerkit.streaming.sink_cache import SinkCache, changes_with_length
 
 _BATCH_TOKENS = 8192  # tokens per forward of re-computation
 
@@ -31,7 +32,7 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def token_losses(
-    model: PreTrainedModel,
+    model: Model,
     ids: Tensor,
     *,
     sinks: int = 4,
@@ -78,20 +79,18 @@ def token_losses(
 
 @torch.no_grad()
 def recomputed_losses(
-    model: PreTrainedModel,
+    model: Model,
     ids: Tensor,
     *,
     length: int,
     positions: Sequence[int] | Tensor | None = None,
     first: Sequence[int] = (),
-    batch: int | None = None,
 ) -> Tensor:
     """Sliding window with re-computation: each loss from a fresh forward over `length` tokens.
 
     ids (B,T) -> (B,P) at `positions` of `token_losses`' last axis (default: all T-1). Position p
     predicts token p+1 from tokens max(0, p+1-length) to p. `first`: token ids in front of each
     window that has left the start of the stream, for a model whose texts always began with them.
-    `batch`: windows per forward (default: about 8192 tokens).
 
     >>> import steerkit
     >>> model, tokenizer = steerkit.load("tiny-stream")
@@ -103,9 +102,6 @@ def recomputed_losses(
     T = ids.shape[1]
     if length < 1:
         raise ValueError(f"length={length}: expected a window of at least 1 token")
-    batch = max(1, _BATCH_TOKENS // length) if batch is None else batch
-    if batch < 1:
-        raise ValueError(f"batch={batch}: expected at least 1 window per forward")
     at = torch.arange(T - 1) if positions is None else torch.as_tensor(positions, dtype=torch.long)
     if at.ndim != 1 or not len(at) or at.min() < 0 or at.max() >= T - 1:
         raise ValueError(
@@ -122,8 +118,8 @@ def recomputed_losses(
         windows = ids.unfold(1, length + 1, 1)[:, at[~early] - length + 1].flatten(0, 1)
         front = torch.tensor(first, dtype=torch.long, device=ids.device).expand(len(windows), -1)
         windows = torch.cat([front, windows], dim=1)  # (B*P, tokens), the last one is the target
-        nats = []
-        for piece in tqdm(windows.split(batch), unit="batch", delay=2, leave=False):
+        nats, pieces = [], windows.split(max(1, _BATCH_TOKENS // length))
+        for piece in tqdm(pieces, unit="batch", delay=2, leave=False):
             inputs, target = piece[:, :-1].to(model.device), piece[:, -1:].to(model.device)
             logits = model(input_ids=inputs, use_cache=False, **last_only(model)).logits[:, -1:]
             nats.append(negative_log_likelihood(logits, target).cpu())
@@ -132,7 +128,7 @@ def recomputed_losses(
 
 
 @torch.no_grad()
-def window_drift(model: PreTrainedModel, ids: Tensor, *, length: int, every: int = 100) -> Tensor:
+def window_drift(model: Model, ids: Tensor, *, length: int, every: int = 100) -> Tensor:
     """How far window attention's states are from a fresh forward's over the same `length` tokens.
 
     ids (1,T) -> (T // every, L+1): for the last of each `every` tokens, after each layer (0: the
@@ -154,17 +150,16 @@ def window_drift(model: PreTrainedModel, ids: Tensor, *, length: int, every: int
     return torch.stack(drift).cpu()
 
 
-def last_only(model: PreTrainedModel) -> dict[str, int]:
+def last_only(model: Model) -> dict[str, int]:
     """Spares the LM head all positions but the last, where the model offers it."""
     known = "logits_to_keep" in inspect.signature(model.forward).parameters
     return {"logits_to_keep": 1} if known else {}
 
 
-def _refuse_length(model: PreTrainedModel, tokens: int) -> None:
+def _refuse_length(model: Model, tokens: int) -> None:
     """Positions beyond a learned table, or where frequencies begin to change."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    kinds = rope_kinds(model)
-    static = kinds and not any("dynamic" in kind or kind == "longrope" for kind in kinds)
+    static = rope_kinds(model) and not changes_with_length(model)
     if limit is not None and tokens > limit and not static:
         raise ValueError(
             f"{tokens} tokens at once: this model's positions end, or change their meaning, "

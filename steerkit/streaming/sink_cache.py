@@ -29,9 +29,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel as Model
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from steerkit.attention.hook import AttentionCall, attach_to_modules, use_attention_function
@@ -93,40 +92,37 @@ class StreamState:
         """Several queries, and not all kept keys are visible to all: the mask is not causal."""
         return self.new > 1 and self.seen + self.new > self.capacity
 
-    @property
-    def oldest(self) -> int:
-        """The first token behind the sinks that was kept from earlier forwards."""
-        return max(self.sinks, self.seen - self.window - 1)
+    def oldest(self, start: int = 0) -> int:
+        """The first token behind the sinks that the new token number `start` attends to."""
+        return max(self.sinks, self.seen + start - self.window)
 
     def share(self, make: Callable[..., Any], *args: Hashable) -> Any:
-        """`make(*args)`, computed once for all layers of a forward."""
+        """`make(*args)`, computed once for all layers of a forward. Nobody writes into it."""
         key = (make.__name__, *args)
         if key not in self.shared:
             self.shared[key] = make(*args)
         return self.shared[key]
 
-    def slots(self, start: int, stop: int, device: torch.device) -> Tensor:
-        """Slots of the tokens start .. stop - 1: (stop - start,)."""
-        t = torch.arange(start, stop, device=device)
-        return torch.where(t < self.sinks, t, self.sinks + (t - self.sinks) % (self.window + 1))
+    def slots(self, start: int, stop: int) -> tuple[slice, slice]:
+        """Slots of the tokens `start` to `stop` behind the sinks: up to the ring's end, and on."""
+        first = self.sinks + (start - self.sinks) % (self.window + 1)
+        end = first + max(0, stop - start)
+        over = max(0, end - self.capacity)
+        return slice(first, end - over), slice(self.sinks, self.sinks + over)
 
-    def excess(self, device: torch.device) -> Tensor:
-        """Model's position minus position in the cache, of the new tokens: (n,)."""
+    def table(self, rotation: Rotation, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rotation of each new token by its excess: the model's position minus the cache's."""
         t = torch.arange(self.seen, self.seen + self.new, device=device)
-        return t - self.shift - t.clamp(max=self.sinks + self.window)
+        return rotation.table(t - self.shift - t.clamp(max=self.sinks + self.window))
 
     def mask(self, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """0 or -inf for queries `start` to `stop` of the new tokens: (1,1,n,K), sinks first."""
+        """0 or -inf for the new tokens `start` to `stop`: (1,1,n,K), sinks first."""
         t = torch.arange(self.seen + start, self.seen + stop, device=device)[:, None]
         sink = torch.arange(self.sinks, device=device)
-        recent = torch.arange(self.band(start), self.seen + stop, device=device)
+        recent = torch.arange(self.oldest(start), self.seen + stop, device=device)
         seen = torch.cat([sink <= t, (recent <= t) & (recent >= t - self.window)], dim=1)
         bias = torch.zeros(seen.shape, dtype=dtype, device=device)
         return bias.masked_fill_(~seen, float("-inf"))[None, None]
-
-    def band(self, start: int) -> int:
-        """The oldest token behind the sinks that the new token number `start` attends to."""
-        return max(self.oldest, self.seen + start - self.window)
 
 
 class SinkLayer(CacheLayerMixin):
@@ -155,44 +151,38 @@ class SinkLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if key_states.shape[0] != self.keys.shape[0]:
-            raise ValueError(
-                f"a batch of {key_states.shape[0]} for a cache of {self.keys.shape[0]} streams: "
-                "call reset() first"
-            )
         if state.is_block:
             return self._store_block(key_states, value_states)
         self._store(key_states, value_states)
         if state.sinks and self.rotation and n == 1:
-            table = state.share(self._rotation_table, self.rotation, self.keys.device)
+            table = state.share(state.table, self.rotation, self.keys.device)
             self.keys[:, :, : state.sinks] = self.rotation.rotate(self.sink_keys, table)
         held = min(state.seen + n, state.capacity)
         return self.keys[:, :, :held], self.values[:, :, :held]
 
     def _store(self, key: Tensor, value: Tensor) -> None:
         """Put the new tokens into their slots; of a long block only the last R + 1 and sinks."""
-        state, n = self.state, key.shape[2]
-        end, length = state.seen + n, min(n, state.window + 1)
-        slots = state.share(state.slots, end - length, end, key.device)
-        self.keys.index_copy_(2, slots, key[:, :, n - length :])
-        self.values.index_copy_(2, slots, value[:, :, n - length :])
+        state, end = self.state, self.state.seen + key.shape[2]
         if state.seen < state.sinks:
-            first, last = state.seen, min(end, state.sinks)
-            self.values[:, :, first:last] = value[:, :, : last - first]
-            self.keys[:, :, first:last] = key[:, :, : last - first]
-            self.sink_keys[:, :, first:last] = key[:, :, : last - first]
+            new = slice(state.seen, min(end, state.sinks))
+            count = new.stop - new.start
+            self.values[:, :, new] = value[:, :, :count]
+            self.keys[:, :, new] = self.sink_keys[:, :, new] = key[:, :, :count]
+        first = max(state.sinks, state.seen, end - state.window - 1)
+        for slots in state.slots(first, end):
+            new = slice(first - state.seen, first - state.seen + slots.stop - slots.start)
+            self.keys[:, :, slots], self.values[:, :, slots] = key[:, :, new], value[:, :, new]
+            first += slots.stop - slots.start
 
     def _store_block(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store a block that evicts; return the sinks, the kept tokens and the block, in order."""
         state = self.state
-        sinks = state.share(state.slots, 0, min(state.seen, state.sinks), key.device)
-        recent = state.share(state.slots, state.oldest, max(state.oldest, state.seen), key.device)
-        kept = torch.cat([sinks, recent])
-        keys = torch.cat([self.keys.index_select(2, kept), key], dim=2)
-        values = torch.cat([self.values.index_select(2, kept), value], dim=2)
+        sinks, ring = slice(min(state.seen, state.sinks)), state.slots(state.oldest(), state.seen)
+        keys = [self.sink_keys[:, :, sinks], *(self.keys[:, :, slots] for slots in ring), key]
+        values = [*(self.values[:, :, slots] for slots in (sinks, *ring)), value]
+        ordered = torch.cat(keys, dim=2), torch.cat(values, dim=2)
         self._store(key, value)
-        keys[:, :, : state.sinks] = self.sink_keys
-        return keys, values
+        return ordered
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention of a block of queries, equal to one query at a time -> (B,n,H,D)."""
@@ -203,11 +193,11 @@ class SinkLayer(CacheLayerMixin):
     def _attend_chunk(self, call: AttentionCall, start: int, stop: int) -> Tensor:
         """The same for the new tokens `start` to `stop`: the sinks and a band of recent keys."""
         state, S = self.state, self.state.sinks
-        shift = S - state.oldest  # a token's place among the call's keys, minus its number
-        band = slice(state.band(start) + shift, state.seen + stop + shift)
-        query = call.query[:, :, start:stop]
-        key = torch.cat([call.key[:, :, :S], call.key[:, :, band]], dim=2)
-        value = torch.cat([call.value[:, :, :S], call.value[:, :, band]], dim=2)
+        query, key, value = call.query[:, :, start:stop], call.key, call.value
+        shift = S - state.oldest()  # a token's place among the call's keys, minus its number
+        band = slice(state.oldest(start) + shift, state.seen + stop + shift)
+        if band != slice(S, key.shape[2]):
+            key, value = (torch.cat([x[:, :, :S], x[:, :, band]], dim=2) for x in (key, value))
         mask = state.share(state.mask, start, stop, query.dtype, query.device)  # (1,1,n,K)
         if S and self.rotation:
             sinks = mask[..., :S] + self._sink_bias(query, start, call.scaling)
@@ -217,16 +207,12 @@ class SinkLayer(CacheLayerMixin):
     def _sink_bias(self, query: Tensor, start: int, scaling: float) -> Tensor:
         """What brings sinks to their distance: (rotated q - q) . k_sink, (B,H,n,D) -> (B,H,n,S)."""
         B, H, n, D = query.shape
-        cos, sin = self.state.share(self._rotation_table, self.rotation, query.device)
+        cos, sin = self.state.share(self.state.table, self.rotation, query.device)
         back = cos[start : start + n], -sin[start : start + n]
         difference = self.rotation.rotate(query.float(), back) - query.float()
         grouped = difference.view(B, -1, H // self.sink_keys.shape[1], n, D)  # (B,Hkv,G,n,D)
         scores = grouped @ self.sink_keys.float().mT[:, :, None] * scaling
         return scores.view(B, H, n, -1).to(query.dtype)
-
-    def _rotation_table(self, rotation: Rotation, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Rotation of each new token by its excess."""
-        return rotation.table(self.state.excess(device))
 
     def rotate_back(self, steps: int) -> None:
         """Take `steps` off the positions of the ring's keys."""
@@ -250,24 +236,19 @@ class SinkLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.keys = self.values = None
         self.is_initialized = False
-
-    def tensors(self) -> list[Tensor]:
-        return [self.keys, self.values, self.sink_keys] if self.is_initialized else []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: stream i goes on as stream beam_idx[i]."""
-        if self.is_initialized:
-            index = beam_idx.to(self.keys.device)
-            tensors = [x.index_select(0, index) for x in self.tensors()]
-            self.keys, self.values, self.sink_keys = tensors
+        super().reorder_cache(beam_idx)
+        self.sink_keys = self.sink_keys.index_select(0, beam_idx.to(self.sink_keys.device))
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Assisted decoding takes tokens back; what was evicted for them is gone."""
         if tokens_to_remove:
             raise ValueError(
-                "SinkCache cannot take tokens back: what it evicted is gone; generate without "
-                "assisted decoding and prompt lookup"
+                "SinkCache cannot take tokens back: generate without assisted decoding and prompt "
+                "lookup"
             )
 
 
@@ -293,7 +274,7 @@ class SinkCache(Cache):
 
     evicts = True  # asked by methods that need all keys of the prompt, at their places
 
-    def __init__(self, model: PreTrainedModel, *, sinks: int = 4, window: int = 1020) -> None:
+    def __init__(self, model: Model, *, sinks: int = 4, window: int = 1020) -> None:
         for name, value, least in (("sinks", sinks, 0), ("window", window, 1)):
             if not isinstance(value, int) or value < least:
                 raise ValueError(
@@ -308,7 +289,7 @@ class SinkCache(Cache):
         self._model = model
         self._edits = {call.module: layer.attend for call, layer in zip(calls, layers, strict=True)}
         self._forward = ExitStack()
-        for hook in _hook_forward(model, weakref.ref(self)):
+        for hook in self._hook_forward():
             weakref.finalize(self, hook.remove)
 
     @property
@@ -319,12 +300,31 @@ class SinkCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of the stored keys and values: constant from the first forward on."""
-        return sum(x.nbytes for layer in self.layers for x in layer.tensors())
+        tensors = [(x.keys, x.values, x.sink_keys) for x in self.layers if x.is_initialized]
+        return sum(x.nbytes for layer in tensors for x in layer)
 
     def reset(self) -> None:
         """Forget the stream; the next forward begins a new one."""
         super().reset()
         self.state.seen = self.state.shift = self.state.new = 0
+
+    def _hook_forward(self) -> list[Any]:
+        """Hooks around the model's forward that act only on calls that carry this cache."""
+        number = id(self)  # a reference would keep the cache alive
+
+        def before(_: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            cache = kwargs.get("past_key_values")
+            return (args, cache._begin(args, kwargs)) if id(cache) == number else None
+
+        def after(_: Model, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            cache = kwargs.get("past_key_values")
+            if id(cache) == number:
+                cache._end(finished=output is not None)
+
+        return [
+            self._model.register_forward_pre_hook(before, with_kwargs=True),
+            self._model.register_forward_hook(after, with_kwargs=True, always_call=True),
+        ]
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Prepare a forward; return its keyword arguments with the positions of this stream."""
@@ -343,9 +343,8 @@ class SinkCache(Cache):
         if state.is_block:
             self._forward.enter_context(use_attention_function(self._model))
             self._forward.enter_context(attach_to_modules(self._edits))
-        first = state.seen - state.shift
-        positions = torch.arange(first, first + n, device=inputs.device)[None]
-        return kwargs | {"position_ids": positions, "attention_mask": None}
+        positions = torch.arange(state.seen, state.seen + n, device=inputs.device) - state.shift
+        return kwargs | {"position_ids": positions[None], "attention_mask": None}
 
     def _restart_positions(self) -> None:
         """Set the model's positions back to the cache's, S + R, before they run far ahead."""
@@ -366,48 +365,31 @@ class SinkCache(Cache):
             self.state.new = 0
 
 
-def _hook_forward(model: nn.Module, cache: "weakref.ref[SinkCache]") -> list[RemovableHandle]:
-    """Hooks around the model's forward that act only on calls that carry this cache."""
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        mine = cache()
-        if mine is None or kwargs.get("past_key_values") is not mine:
-            return None
-        return args, mine._begin(args, kwargs)
-
-    def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        mine = cache()
-        if mine is not None and kwargs.get("past_key_values") is mine:
-            mine._end(finished=output is not None)
-
-    return [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, with_kwargs=True, always_call=True),
-    ]
-
-
 def _refuse_padding(kwargs: dict[str, Any], seen: int, n: int) -> None:
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if mask is not None and (mask.ndim != 2 or bool((mask[:, -n if seen else 0 :] == 0).any())):
         raise ValueError(
-            "padding in the attention mask: pads would become sinks; batch prompts of equal "
-            "length only"
+            "padding in the attention mask: pads would become sinks; batch prompts of equal length"
         )
-    if positions is not None and bool(
-        (positions != torch.arange(seen, seen + n, device=positions.device)).any()
-    ):
+    if positions is not None and (positions.cpu() != torch.arange(seen, seen + n)).any():
         raise ValueError(
             f"position_ids {positions.flatten()[:3].tolist()}...: this cache has seen {seen} "
-            f"tokens and counts on from there; leave position_ids out"
+            "tokens and counts on from there; leave position_ids out"
         )
 
 
-def _refuse_unstreamable(model: PreTrainedModel, calls: list[AttentionCall], keys: int) -> None:
+def changes_with_length(model: Model) -> str | None:
+    """The model's RoPE type, if it changes the frequencies with the length of the text."""
+    kinds = sorted(rope_kinds(model))
+    return next((kind for kind in kinds if "dynamic" in kind or kind == "longrope"), None)
+
+
+def _refuse_unstreamable(model: Model, calls: list[AttentionCall], keys: int) -> None:
     """What would be silently wrong, decided on features: RoPE type and what each layer passes."""
-    if kinds := {kind for kind in rope_kinds(model) if "dynamic" in kind or kind == "longrope"}:
+    if kind := changes_with_length(model):
         raise ValueError(
-            f"RoPE type {sorted(kinds)[0]!r} changes its frequencies with length, so cached keys "
-            "cannot be moved; set a static type (default, linear, yarn, llama3) in rope_parameters"
+            f"RoPE type {kind!r} changes its frequencies with length, so cached keys cannot be "
+            "moved; set a static type (default, linear, yarn, llama3) in rope_parameters"
         )
     if (chunk := getattr(model.config.get_text_config(), "attention_chunk_size", None)) is not None:
         raise ValueError(

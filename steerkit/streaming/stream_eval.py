@@ -9,9 +9,11 @@ import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from steerkit.streaming.losses import token_losses
 
@@ -26,20 +28,16 @@ class Fact(NamedTuple):
 
 
 class Query(NamedTuple):
-    """A question in a stream: its answer is ids[start:stop]; the fact's line ended at `read`.
+    """A question in a stream: its answer is ids[start:stop].
 
-    `back` counts lines between question and fact.
+    back: lines between question and fact. distance: tokens from the end of the fact's line to the
+    first token of the answer.
     """
 
     start: int
     stop: int
-    read: int
     back: int
-
-    @property
-    def distance(self) -> int:
-        """Tokens from the end of the fact's line to the first token of the answer."""
-        return self.start - self.read
+    distance: int
 
 
 class EvalStream(NamedTuple):
@@ -50,23 +48,20 @@ class EvalStream(NamedTuple):
 
 
 def eval_stream(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     *,
     fact: Callable[[int, random.Random], Fact],
     lines: int,
     every: int = 10,
-    back: int | Sequence[int] = 20,
+    back: Sequence[int] = (20,),
     seed: int = 0,
 ) -> EvalStream:
-    """A stream of `lines` facts; after each `every`, a question about the one `back` lines ago.
+    """A stream of `lines` facts; after each `every`, a question about a fact some lines ago.
 
-    Several values of `back` are drawn at random; no fact is asked twice. `fact(number, rng)`
-    writes the texts, so that any model can be asked in its own language. The tokenizer's first
-    token opens the stream. Texts are tokenised piece by piece.
+    How many lines is drawn from `back`; no fact is asked twice. `fact(number, rng)` writes the
+    texts, so that any model can be asked in its own language. The tokenizer's first token opens the
+    stream. Texts are tokenised piece by piece.
     """
-    distances = [back] if isinstance(back, int) else list(back)
-    if lines < 1 or every < 1 or not distances or min(distances) < 1:
-        raise ValueError(f"lines={lines}, every={every}, back={back}: expected numbers from 1 up")
     rng, ids, queries = random.Random(seed), [], []
     unasked: dict[int, tuple[Fact, int]] = {}  # with the stream's length at the end of the line
 
@@ -78,25 +73,23 @@ def eval_stream(
     for number in range(lines):
         new = fact(number, rng)
         unasked[number] = new, write(new.line)
-        possible = [distance for distance in distances if number - distance in unasked]
+        possible = [n for n in back if number - n in unasked]
         if (number + 1) % every == 0 and possible:
-            distance = rng.choice(possible)
-            about, read = unasked.pop(number - distance)
-            answer = write(about.question), write(about.answer)
-            queries.append(Query(*answer, read, distance))
+            chosen = rng.choice(possible)
+            about, read = unasked.pop(number - chosen)
+            start, stop = write(about.question), write(about.answer)
+            queries.append(Query(start, stop, chosen, distance=start - read))
             write(about.end)
     return EvalStream(torch.tensor([ids]), queries)
 
 
 def eval_hits(
-    model: PreTrainedModel, stream: EvalStream, *, sinks: int = 4, window: int | None = None
+    model: Model, stream: EvalStream, *, sinks: int = 4, window: int | None = None
 ) -> Tensor:
     """Whether greedy decoding answers each question exactly: (queries,) boolean.
 
     One pass, as `token_losses` takes it; after each question it goes on with the true answer.
     """
-    if not stream.queries:
-        raise ValueError("no question in this stream: take more lines than the largest `back`")
     hits = token_losses(model, stream.ids, sinks=sinks, window=window, score=is_greedy)[0].bool()
     # hits[t] is about token t + 1
     return torch.stack([hits[q.start - 1 : q.stop - 1].all() for q in stream.queries])
@@ -107,22 +100,9 @@ def is_greedy(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.argmax(-1) == targets
 
 
-class Accuracy(NamedTuple):
-    """Exact answers among `count` questions `back` lines (`tokens` tokens) from their fact."""
-
-    back: int
-    tokens: float
-    accuracy: float
-    count: int
-
-
-def accuracy_by_distance(stream: EvalStream, hits: Tensor) -> list[Accuracy]:
-    """Table 7's rows: accuracy for each distance in lines, nearest first."""
-    distance = torch.tensor([query.distance for query in stream.queries]).double()
-    back = torch.tensor([query.back for query in stream.queries])
-    rows = []
-    for lines in back.unique().tolist():
-        asked = back == lines
-        accuracy = hits[asked].double().mean().item()
-        rows.append(Accuracy(lines, distance[asked].mean().item(), accuracy, int(asked.sum())))
-    return rows
+def accuracy_by_distance(stream: EvalStream, hits: Tensor) -> pd.DataFrame:
+    """Table 7: by `back` lines, nearest first: mean `tokens` of distance, `accuracy`, `count`."""
+    asked = pd.DataFrame(stream.queries).assign(hit=hits.numpy())
+    return asked.groupby("back", as_index=False).agg(
+        tokens=("distance", "mean"), accuracy=("hit", "mean"), count=("hit", "size")
+    )
