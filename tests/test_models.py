@@ -28,28 +28,18 @@ def test_the_embedded_model_is_a_grouped_query_llama_in_eval_mode(tiny):
     assert model.dtype == torch.float32 and len(tokenizer) == model.config.vocab_size
 
 
-def test_all_embedded_checkpoints_together_stay_below_20_megabytes():
+def test_checkpoints_are_below_20_megabytes_together_and_no_pickle_ships():
     files = [*DATA.rglob("*.safetensors")]
     assert files and sum(f.stat().st_size for f in files) <= 20e6
-
-
-def test_no_pickle_ships():
     assert not [p for p in DATA.rglob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}]
 
 
 @pytest.mark.parametrize(
-    "text", ["", "Plain.", "naïve 漢字 🙂🙃 ελληνικά", "\x00\x7f\t\r\n  a", "<|x|> {v}"]
+    "text", ["", "naïve 漢字 🙂🙃", "\t\r\n  a", "<|x|> {v}", "".join(map(chr, range(0x250)))]
 )
 def test_any_text_encodes_without_unknowns_and_decodes_back_exactly(tiny, text):
-    tokenizer = tiny[1]
-    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
-
-
-def test_every_byte_has_a_token(tiny):
-    tokenizer = tiny[1]
-    text = "".join(map(chr, range(0x250))) + "\U0010ffff"
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
+    ids = tiny[1](text, add_special_tokens=False)["input_ids"]
+    assert tiny[1].decode(ids) == text and tiny[1].unk_token_id not in ids
 
 
 def test_the_template_marks_exactly_the_assistants_tokens(tiny):
@@ -60,17 +50,9 @@ def test_the_template_marks_exactly_the_assistants_tokens(tiny):
     assert tokenizer.decode(marked) == "Rome it is.<|end|>"
 
 
-def test_the_template_refuses_an_unknown_role(tiny):
-    with pytest.raises(Exception, match="expected system, user or assistant"):
-        tiny[1].apply_chat_template([{"role": "wizard", "content": "Hi."}])
-
-
-def test_a_local_directory_loads_in_float32_on_a_cpu(checkpoint):
+def test_a_local_directory_loads_in_float32_on_a_cpu_unless_another_type_is_named(checkpoint):
     model, tokenizer = steerkit.load(checkpoint, device="cpu")
     assert model.dtype == torch.float32 and not model.training and len(tokenizer) == 4096
-
-
-def test_dtype_by_name(checkpoint):
     assert steerkit.load(checkpoint, device="cpu", dtype="bfloat16")[0].dtype == torch.bfloat16
 
 
