@@ -21,7 +21,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_script_yields_rows_whose_names_differ(here, name: str) -> None:
+def test_a_script_yields_rows_whose_names_differ(here, name):
     rows = list(runpy.run_path(str(BENCHMARKS / f"{name}.py"))["measure"](True))
     names = [row.what for row in rows]
     assert rows and len(set(names)) == len(names)
@@ -47,9 +47,7 @@ def collect(folder: Path, monkeypatch: pytest.MonkeyPatch, only: str) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def test_the_table_grows_on_one_machine_and_starts_anew_on_another(
-    here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_table_grows_on_one_machine_and_starts_anew_on_another(here, tmp_path, monkeypatch):
     collect(tmp_path, monkeypatch, NAMES[0])
     both = collect(tmp_path, monkeypatch, NAMES[1])
     assert list(both["scripts"]) == NAMES[:2] and both["threads"] == 1
@@ -61,7 +59,7 @@ def test_the_table_grows_on_one_machine_and_starts_anew_on_another(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["results.json", "results.md"]
 
 
-def test_a_missed_goal_is_marked(here) -> None:
+def test_a_missed_goal_is_marked(here):
     met = runpy.run_path(str(BENCHMARKS / "collect.py"))["met"]
     cases = [(3.0, ">= 3x", True), (2.99, ">= 3x", False), (1.1, "<= 1.10x", True),
              (2e-5, "< 1e-5", False), (9.0, "", True)]  # fmt: skip

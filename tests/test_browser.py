@@ -106,7 +106,7 @@ def page() -> Iterator[Any]:
         browser.close()
 
 
-def test_notebook_02_runs_and_its_explorer_redraws(page: Any, lab: str) -> None:
+def test_notebook_02_runs_and_its_explorer_redraws(page, lab):
     page.goto(lab)
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=120_000)
     page.get_by_text("(ipykernel) | Idle").wait_for(timeout=120_000)  # else cells are not run

@@ -28,11 +28,6 @@ def user(*texts):
 # Prompts
 
 
-def test_a_prompt_is_the_template_opened_for_the_assistant(tiny):
-    text = tiny[1].decode(prompt_ids(tiny[1], [Message("user", "Hi.")]))
-    assert text == "<|bos|><|user|>Hi.<|end|><|assistant|>"
-
-
 def test_ids_are_those_of_transformers(tiny):
     dialogue = [Message("user", "Hi."), Message("assistant", "Yes."), Message("user", "Who?")]
     dicts = [m._asdict() for m in dialogue]

@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
-from conftest import NotebookMaker, write_notebook
+from conftest import write_notebook
 
 from steerkit.files import NOTEBOOKS, ROOT
 from steerkit.lab import cli, runner
@@ -34,9 +34,7 @@ def output_of(path: Path) -> list[str]:
     return ["".join(o.get("text", "") for o in cell.outputs) for cell in cells]
 
 
-def test_run_executes_records_and_ends_with_the_table(
-    root: Path, make_notebook: NotebookMaker, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_executes_records_and_ends_with_the_table(root, make_notebook, capsys):
     half = (
         "from steerkit.lab.usage import peak_memory\nprint(peak_memory()['peak_gib'])\n"
         "half = bytearray(2**29)"
@@ -56,7 +54,7 @@ def test_run_executes_records_and_ends_with_the_table(
     assert record["memory"].keys() == {"peak_gib", "gpu_peak_gib"}
 
 
-def test_the_table_has_one_line_a_claim_and_fits_100_columns() -> None:
+def test_the_table_has_one_line_a_claim_and_fits_100_columns():
     claims = read_claims(sorted((ROOT / "figures" / "cpu").glob("*/")))
     title, *lines = claims_table(claims).splitlines()
     assert len(lines) == len(claims) > 30 and max(map(len, lines)) <= 100
@@ -66,7 +64,7 @@ def test_the_table_has_one_line_a_claim_and_fits_100_columns() -> None:
         assert row["claim"][:43] in line
 
 
-def test_a_run_changes_nothing_that_git_follows_and_store_does(root: Path) -> None:
+def test_a_run_changes_nothing_that_git_follows_and_store_does(root):
     """A participant who lowers a number, by the command and by hand; then the author, twice."""
     noisy = "import sys, steerkit\nprint(steerkit.__file__)\nprint('  5%|x', file=sys.stderr)"
     widget = "from tqdm.auto import tqdm\nfor i in tqdm(range(3)): pass\nprint('end')"
@@ -100,9 +98,7 @@ def test_a_run_changes_nothing_that_git_follows_and_store_does(root: Path) -> No
     assert path.read_text() == first
 
 
-def test_a_failure_is_named_kept_and_neither_stops_the_others_nor_loses_older_results(
-    root: Path, make_notebook: NotebookMaker, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failure_is_named_and_loses_no_older_results(root, make_notebook, capsys):
     make_notebook("01_bad", ["print('before')", "# why\nvalue = 1 / (N - 2)", claim("01_bad")])
     make_notebook("02_good", [claim("02_good")])
     assert cli.main(["run", "--only", "01", "-p", "N", "3"]) == 0
@@ -125,13 +121,7 @@ def test_a_failure_is_named_kept_and_neither_stops_the_others_nor_loses_older_re
         ("os._exit(1)", "DeadKernelError: Kernel died"),
     ],
 )
-def test_a_kernel_that_hangs_or_dies_is_named(
-    root: Path,
-    make_notebook: NotebookMaker,
-    monkeypatch: pytest.MonkeyPatch,
-    source: str,
-    message: str,
-) -> None:
+def test_a_kernel_that_hangs_or_dies_is_named(root, make_notebook, monkeypatch, source, message):
     path = make_notebook("01", ["import os, time", source])
     monkeypatch.setitem(runner.CELL_TIMEOUT, "cpu", 2)
     start = time.perf_counter()
@@ -139,7 +129,7 @@ def test_a_kernel_that_hangs_or_dies_is_named(
     assert time.perf_counter() - start < 40
 
 
-def test_a_killed_run_keeps_what_was_done(root: Path) -> None:
+def test_a_killed_run_keeps_what_was_done(root):
     wait = "import pathlib, time\npathlib.Path('started').touch()\nif N == 2: time.sleep(60)"
     write_notebook(root, "01_done", [claim("01_done")])
     write_notebook(root, "02_cut", [claim("02_cut"), wait])
@@ -169,13 +159,7 @@ def test_a_killed_run_keeps_what_was_done(root: Path) -> None:
         (["--only", "02"], "02_plain has no parameter PROFILE; its cell tagged"),
     ],
 )
-def test_wrong_requests_are_refused_before_anything_runs(
-    root: Path,
-    make_notebook: NotebookMaker,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    message: str,
-) -> None:
+def test_wrong_requests_run_nothing(root, make_notebook, capsys, arguments, message):
     make_notebook("01_good", [claim("01_good")])
     make_notebook("02_plain", [], parameters="")
     if "--only" not in arguments:
@@ -185,9 +169,7 @@ def test_wrong_requests_are_refused_before_anything_runs(
     assert not (root / "runs").exists()
 
 
-def test_parameters_keep_their_type_and_defaults_are_not_injected(
-    root: Path, make_notebook: NotebookMaker
-) -> None:
+def test_parameters_keep_their_type_and_defaults_are_not_injected(root, make_notebook):
     parameters = (
         'PROFILE: str = "cpu"  # which\nMODEL: str = "tiny"  # what\nTEXT: str = ""  # a file\n'
         "RATE: float = 0.5  # how fast\nFAST: bool = False  # or not"
@@ -201,9 +183,7 @@ def test_parameters_keep_their_type_and_defaults_are_not_injected(
     assert runner.overrides(path, "cpu", "tiny", [("RATE", "0.5")]) == {}
 
 
-def test_store_refuses_a_notebook_that_was_edited_meanwhile(
-    root: Path, make_notebook: NotebookMaker
-) -> None:
+def test_store_refuses_a_notebook_that_was_edited_meanwhile(root, make_notebook):
     path = make_notebook("01", ["1"])
     executed = path.rename(root / "executed.ipynb")
     make_notebook("01", ["2"])
@@ -212,9 +192,7 @@ def test_store_refuses_a_notebook_that_was_edited_meanwhile(
         runner.store(outcome, path, root / "figures")
 
 
-def test_notebooks_are_copied_once_and_the_copies_are_the_ones_that_run(
-    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_notebooks_are_copied_once_and_the_copies_are_the_ones_that_run(root, monkeypatch, capsys):
     assert runner.find_notebooks(["00"])[0].parent == NOTEBOOKS
     assert cli.main(["notebooks", "course"]) == 0
     copies = sorted((root / "course").iterdir())

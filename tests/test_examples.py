@@ -10,7 +10,7 @@ OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 @pytest.mark.parametrize("name", steerkit.__all__)
-def test_the_example_of_each_exported_name_runs(name: str) -> None:
+def test_the_example_of_each_exported_name_runs(name):
     thing = getattr(steerkit, name)
     examples = doctest.DocTestParser().get_doctest(thing.__doc__, {}, name, None, None)
     assert examples.examples, f"steerkit.{name} has no example: add `>>> ...` to its docstring"

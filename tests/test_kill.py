@@ -18,7 +18,7 @@ def slowly(path: Path, content: bytes) -> None:
             time.sleep(0.001)
 
 
-def test_a_kill_in_the_middle_of_writing_leaves_a_whole_file(tmp_path: Path) -> None:
+def test_a_kill_in_the_middle_of_writing_leaves_a_whole_file(tmp_path):
     path, rows = tmp_path / "claim.json", 20_000
     write_json(path, {"number": 0, "rows": [0] * rows})
     for turn in range(12):

@@ -102,18 +102,18 @@ def differences(
     ]
 
 
-def test_it_runs_to_the_end(run: Run) -> None:
+def test_it_runs_to_the_end(run):
     assert run.outcome.error is None, run.outcome.error
     record = json.loads((run.outcome.results / "run.json").read_text())
     assert record["cpu_seconds"] > 0 and record["memory"]["peak_gib"] > 0
 
 
-def test_its_outputs_are_the_stored_ones(run: Run, request: pytest.FixtureRequest) -> None:
+def test_its_outputs_are_the_stored_ones(run, request):
     executed = nbformat.reads(runner.stripped(read(run.outcome.executed)), as_version=4)
     assert differences(run.committed, executed.cells, request.session) == []
 
 
-def test_it_leaves_the_committed_claims_in_the_agreed_form(run: Run) -> None:
+def test_it_leaves_the_committed_claims_in_the_agreed_form(run):
     names = {path.name for path in run.outcome.results.glob("*.claim.json")}
     assert names == {p.name for p in (FIGURES / "cpu" / run.committed.stem).glob("*.claim.json")}
     for name in sorted(names):
@@ -123,7 +123,7 @@ def test_it_leaves_the_committed_claims_in_the_agreed_form(run: Run) -> None:
         assert row["paper"] is None or re.search(r"arXiv \d{4}\.\d{5}", row["paper"]["paper"])
 
 
-def test_it_shows_each_figure_it_saves_with_values_and_words(run: Run) -> None:
+def test_it_shows_each_figure_it_saves_with_values_and_words(run):
     pictures = sorted(run.outcome.results.glob("*.png"))
     for picture in pictures:
         sidecar = json.loads(picture.with_suffix(".json").read_text(encoding="utf-8"))
@@ -132,7 +132,7 @@ def test_it_shows_each_figure_it_saves_with_values_and_words(run: Run) -> None:
     assert pictures and [p.name for p in pictures if p.read_bytes() not in shown] == []
 
 
-def test_its_answers_are_right_and_an_unsolved_stub_says_not_done_yet(run: Run) -> None:
+def test_its_answers_are_right_and_an_unsolved_stub_says_not_done_yet(run):
     notebook = read(run.outcome.executed)
     for tag, state in ((TAG, "right"), ("stub", "not done yet")):
         shown = [cell.outputs[-1].data["text/plain"] for cell in tagged(notebook, tag)]
@@ -140,7 +140,7 @@ def test_its_answers_are_right_and_an_unsolved_stub_says_not_done_yet(run: Run) 
 
 
 @pytest.mark.parametrize("path", longest_first("smoke", leave_out=("00", "02")))
-def test_it_runs_at_small_size(path: Path, tmp_path: Path) -> None:
+def test_it_runs_at_small_size(path, tmp_path):
     """Where no other test does it: 00 runs from the wheel, 02 in the browser."""
     outcome = execute(path, tmp_path, "smoke")
     assert outcome.error is None, outcome.error
@@ -148,7 +148,7 @@ def test_it_runs_at_small_size(path: Path, tmp_path: Path) -> None:
     assert claims and all(claim["profile"] == "smoke" for claim in claims)
 
 
-def test_the_first_notebook_leads_to_all_others() -> None:
+def test_the_first_notebook_leads_to_all_others():
     text = "".join(cell.source for cell in read(NOTEBOOKS[0]).cells)
     path = text[text.index("a reading path") :]
     assert set(re.findall(r"`(\d\d_\w+)`", path)) == {name.stem for name in NOTEBOOKS[1:]}
@@ -158,7 +158,7 @@ BY_NAME = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
 @BY_NAME
-def test_the_gpu_profile_takes_a_model_and_has_its_own_sizes(path: Path) -> None:
+def test_the_gpu_profile_takes_a_model_and_has_its_own_sizes(path):
     values = runner.overrides(path, "gpu", "org/name")
     assert values["PROFILE"] == "gpu" and values.get("MODEL", "org/name") == "org/name"
     tables = [
@@ -172,7 +172,7 @@ def test_the_gpu_profile_takes_a_model_and_has_its_own_sizes(path: Path) -> None
 
 
 @BY_NAME
-def test_committed_notebook_is_clean(path: Path) -> None:
+def test_committed_notebook_is_clean(path):
     assert problems(path, FIGURES / "cpu" / path.stem) == []
 
 
@@ -322,18 +322,14 @@ SPOILS: list[tuple[Callable[[Any], Any], str]] = [
     SPOILS,
     ids=[f"{i}-{message}@hygiene" for i, (_, message) in enumerate(SPOILS)],
 )
-def test_hygiene_names_what_is_wrong(
-    stored: Path, kit: Path, change: Callable[[Any], Any], message: str
-) -> None:
+def test_hygiene_names_what_is_wrong(stored, kit, change, message):
     figures = kit / "figures" / "cpu" / "01"
     assert problems(stored, figures) == []
     spoil(stored, change)
     assert any(message in line for line in problems(stored, figures))
 
 
-def test_nbval_itself_accepts_the_stored_output_and_its_comparison_rejects_another(
-    stored: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nbval_accepts_the_stored_output_and_rejects_another(stored, request, monkeypatch):
     options = ["--nbval-lax", "--nbval-current-env", "--nbval-sanitize-with", str(SANITIZE)]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *options, stored.name]
     done = subprocess.run(command, capture_output=True, text=True, cwd=stored.parent)
@@ -345,7 +341,7 @@ def test_nbval_itself_accepts_the_stored_output_and_its_comparison_rejects_anoth
     assert os.listdir(stored.parent / "runs") == ["cpu"]  # by hand, too, figures go to runs/
 
 
-def test_sanitize_rules_replace_noise_keep_results_and_none_is_dropped() -> None:
+def test_sanitize_rules_replace_noise_keep_results_and_none_is_dropped():
     rules = get_sanitize_patterns(SANITIZE.read_text())
     assert len(rules) == len(re.findall("^regex:", SANITIZE.read_text(), re.MULTILINE)) > 0
     noise = "took 12.3 s; 4 ms, then 2 min; <object at 0x7f12ab34cd56>; torch 2.13.0+cpu"

@@ -1,6 +1,6 @@
 """Spans from text: brute force over all token ranges decides what the right answer is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -10,12 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.processors import ByteLevel as ByteLevelOffsets
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from steerkit.chat import Batch, Message, dialogue_ids, pad_left, prompt_ids, reply
 from steerkit.spans import find_span, find_spans, find_turns, reduce_by_turn
@@ -94,32 +89,22 @@ def brute_force(
 
 
 @pytest.mark.parametrize("phrase", ["Reply in French.", "tea", "Ça coûte", "😀", "世界", "naïve"])
-def test_a_phrase_is_every_token_range_that_decodes_to_it(
-    tokenizer: PreTrainedTokenizerBase, phrase: str
-) -> None:
+def test_a_phrase_is_every_token_range_that_decodes_to_it(tokenizer, phrase):
     ids = tokenizer(TEXT)["input_ids"]
     wanted = brute_force(tokenizer, ids, phrase)
     assert find_spans(tokenizer, TEXT, phrase) == wanted
     assert len(wanted) == (TEXT.count(phrase) - TEXT.count("s" + phrase) or 1)
+    assert find_span(tokenizer, TEXT, phrase, occurrence=-1) == wanted[-1]
 
 
-def test_the_nth_occurrence_counts_from_both_ends(tokenizer: PreTrainedTokenizerBase) -> None:
-    spans = find_spans(tokenizer, TEXT, " tea ")
-    assert len(spans) == 3
-    assert find_span(tokenizer, TEXT, "tea", occurrence=1) == spans[1]
-    assert find_span(tokenizer, TEXT, "tea", occurrence=-1) == spans[2]
-
-
-def test_a_phrase_of_a_dialogue_is_found_in_its_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_phrase_of_a_dialogue_is_found_in_its_prompt(tokenizer):
     ids = prompt_ids(tokenizer, DIALOGUE)
     for phrase, times in (("Reply in French.", 2), ("What does Anna like?", 1), ("Anna", 3)):
         spans = find_spans(tokenizer, DIALOGUE, phrase)
         assert spans == brute_force(tokenizer, ids, phrase) and len(spans) == times
 
 
-def test_a_batch_is_padded_on_the_left_and_its_spans_with_it(
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
+def test_a_batch_is_padded_on_the_left_and_its_spans_with_it(tokenizer):
     prompts = [TEXT, "Anna likes tea", DIALOGUE]
     phrases = ["Reply in French.", "tea", "What does Anna like?"]
     spans = [[find_span(tokenizer, p, x)] for p, x in zip(prompts, phrases, strict=True)]
@@ -135,9 +120,7 @@ def test_a_batch_is_padded_on_the_left_and_its_spans_with_it(
     )
 
 
-def test_a_padded_batch_is_steered_as_its_prompts_alone(
-    tiny: tuple[PreTrainedModel, PreTrainedTokenizerBase],
-) -> None:
+def test_a_padded_batch_is_steered_as_its_prompts_alone(tiny):
     model, tokenizer = tiny
     prompts = [DIALOGUE, DIALOGUE[1:2], [Message("user", "Who lives in Rome?")]]
     spans = [[find_span(tokenizer, p, p[0].content, occurrence=0)] for p in prompts]
@@ -155,7 +138,7 @@ def test_a_padded_batch_is_steered_as_its_prompts_alone(
 # Turns
 
 
-def test_each_message_stands_where_its_text_does(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_each_message_stands_where_its_text_does(tokenizer):
     dialogue = [*DIALOGUE, DIALOGUE[2]]
     ids, turns = find_turns(tokenizer, dialogue)
     assert ids[0].tolist() == dialogue_ids(tokenizer, dialogue)
@@ -170,7 +153,7 @@ def test_each_message_stands_where_its_text_does(tokenizer: PreTrainedTokenizerB
         assert content and len(before) <= len("<|bos|><|system|>") and len(after) <= len("<|end|>")
 
 
-def test_a_reduction_by_turn_takes_each_reply_s_tokens() -> None:
+def test_a_reduction_by_turn_takes_each_reply_s_tokens():
     _, turns = find_turns(embedded(), [*DIALOGUE, DIALOGUE[2]])
     values = torch.rand(2, 3, turns[-1].end)
     replies = [values[..., t.start : t.end] for t in turns if t.role == "assistant"]
@@ -205,7 +188,6 @@ def reduced(tokenizer: PreTrainedTokenizerBase, tokens: int = 0, **options: str)
     [
         (lambda t: find_span(t, TEXT, "coffee"), "'coffee' is not in the prompt 'Reply in"),
         (lambda t: find_span(t, TEXT, "tea"), r"3 times: choose one by occurrence=0 to 2"),
-        (lambda t: find_span(t, TEXT, "tea", occurrence=3), "occurrence=3: .* 3 times"),
         (lambda t: find_span(t, TEXT, "tea", occurrence=-4), "occurrence=-4"),
         (lambda t: find_span(t, TEXT, "  "), "is empty"),
         (lambda t: find_span(t, TEXT, "eply in Frenc"), "its tokens read ' ?Reply in French'"),
@@ -215,8 +197,6 @@ def reduced(tokenizer: PreTrainedTokenizerBase, tokens: int = 0, **options: str)
         (lambda t: find_span(Slow(), TEXT, "tea"), "Slow does not say .* fast tokenizer"),
     ],
 )
-def test_bad_input_is_one_clear_error(
-    call: Callable[[PreTrainedTokenizerBase], object], message: str
-) -> None:
+def test_bad_input_is_one_clear_error(call, message):
     with pytest.raises(ValueError, match=message):
         call(embedded())

@@ -15,7 +15,7 @@ from steerkit.files import ROOT
 
 
 @pytest.mark.first(50)
-def test_a_wheel_brings_models_and_notebooks_and_they_run(tmp_path: Path) -> None:
+def test_a_wheel_brings_models_and_notebooks_and_they_run(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "no_network")}
 
     def run(*command: str | Path, cwd: Path = tmp_path) -> str:
