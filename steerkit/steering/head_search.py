@@ -240,8 +240,6 @@ def _fill(
     missing = [i for i in which if table.scores[i, layer, index].isnan().any()]
     if not missing:
         return
-    alpha = table.about["alpha"]
-    computes_once = _computing_once_is_exact(model, prompts[missing[0]], heads, alpha)
 
     # Prompts of similar first span and length go together; all heads of a layer fit in one forward.
     tokens = tokens or _TOKENS.get(model.device.type, _TOKENS_ELSEWHERE)
@@ -251,14 +249,14 @@ def _fill(
     batches = [missing[start : start + size] for start in range(0, len(missing), size)]
     saves = path is not None and os.environ.get("RANK", "0") == "0"
     with _shared_out(batches, table) as share:
+        naive = False
         for batch in tqdm(share, unit="batch", delay=2, leave=False):
-            part = [prompts[i] for i in batch]
-            if computes_once:
-                scorer = PromptBatch(model, part, alpha)
-                baseline, scores = scorer.baseline, scorer.scores(heads, tokens)
-            else:
-                baseline, scores = _one_by_one(model, part, heads, alpha)
-            table.baseline[batch] = baseline
+            options = model, [prompts[i] for i in batch], heads, table.about["alpha"]
+            scores = None
+            if not naive:
+                scores = _compute_once(*options, tokens, check=batch is share[0])
+            naive = scores is None
+            table.baseline[batch], scores = scores or _one_by_one(*options)
             table.scores[torch.tensor(batch)[:, None], layer, index] = scores
             if saves:
                 table.save(path)
@@ -266,20 +264,30 @@ def _fill(
         table.save(path)  # with the scores of the other processes
 
 
-def _computing_once_is_exact(
-    model: Model, prompt: Prompt, heads: Sequence[Head], alpha: float
-) -> bool:
-    """No where layers exchange more than hidden states (keys of lower layers, for example).
+def _compute_once(
+    model: Model,
+    prompts: Sequence[Prompt],
+    heads: Sequence[Head],
+    alpha: float,
+    tokens: int,
+    check: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """As `_one_by_one`, with less work; None where layers exchange more than hidden states.
 
-    Asked by doing it: a head of the last layer is scored after one of the first, and naively.
+    For example keys of lower layers. `check` compares the last head, whose lower layers are not
+    computed again, with the naive loop.
     """
     try:
-        scores = PromptBatch(model, [prompt], alpha).scores([heads[0], heads[-1]], tokens=1)
-    except (AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError):
-        return False
-    naive = answer_scores_with_heads(model, [prompt], heads[-1:], alpha=alpha)
-    tolerance = 1e-3 if model.dtype.itemsize > 2 else 0.1  # nats
-    return bool((scores[:, 1] - naive).abs() < tolerance)
+        batch = PromptBatch(model, prompts, alpha)
+        scores = batch.scores(heads, tokens)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        return None
+    if check:
+        naive = answer_scores_with_heads(model, prompts[:1], heads[-1:], alpha=alpha)
+        tolerance = 1e-3 if model.dtype.itemsize > 2 else 0.1  # nats
+        if (scores[0, -1] - naive).abs() > tolerance:
+            return None
+    return batch.baseline, scores
 
 
 @contextmanager
