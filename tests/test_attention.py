@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny_models import CONFIGS, tiny, tokens
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel as Model
 
 from steerkit.attention.hook import (
     AttentionCall,
     attach,
-    trace_attention,
     softmax_off_by_one,
+    trace_attention,
     use_attention_function,
 )
 from steerkit.attention.record import (
@@ -28,13 +28,13 @@ REFUSED = {"gemma2": "SDPA", "gpt_oss": "SDPA", "gptj": "AttentionInterface"}
 SERVED = [name for name in CONFIGS if name not in REFUSED]
 
 
-def state_of(model: PreTrainedModel) -> tuple[str, list[str]]:
+def state_of(model: Model) -> tuple[str, list[str]]:
     left = [key for m in model.modules() for key in m.__dict__ if key.startswith("steerkit")]
     return model.config._attn_implementation, left
 
 
 @torch.no_grad()
-def eager_weights(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def eager_weights(model: Model, ids: Tensor) -> Tensor:
     """(L,B,H,T,T) by the library's own eager path."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
@@ -77,18 +77,7 @@ def test_unsupported_architectures_are_refused_with_the_reason(name: str) -> Non
     assert state_of(model) == before
 
 
-@torch.no_grad()
-def test_nothing_attached_goes_straight_to_stock(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with use_attention_function(llama):
-        monkeypatch.setattr("steerkit.attention.hook.AttentionCall", None)  # none is made
-        llama(tokens(1, 5))
-
-
-def test_an_edit_sees_one_layer_changes_no_call_and_is_gone_afterwards(
-    llama: PreTrainedModel,
-) -> None:
+def test_an_edit_sees_one_layer_changes_no_call_and_is_gone_afterwards(llama: Model) -> None:
     ids, calls = tokens(1, 7), []
 
     def first_key_only(call: AttentionCall) -> Tensor:
@@ -108,7 +97,7 @@ def test_an_edit_sees_one_layer_changes_no_call_and_is_gone_afterwards(
 
 
 @pytest.mark.parametrize("fail", ["inside", "in the edit"])
-def test_an_exception_leaves_the_model_as_found(llama: PreTrainedModel, fail: str) -> None:
+def test_an_exception_leaves_the_model_as_found(llama: Model, fail: str) -> None:
     def broken(call: AttentionCall) -> Tensor:
         raise RuntimeError("broken")
 
@@ -122,7 +111,7 @@ def test_an_exception_leaves_the_model_as_found(llama: PreTrainedModel, fail: st
     assert state_of(llama) == before
 
 
-def test_nesting_is_refused_and_the_first_edit_stays(llama: PreTrainedModel) -> None:
+def test_nesting_is_refused_and_the_first_edit_stays(llama: Model) -> None:
     edits = {0: AttentionCall.attend}
     with attach(llama, edits):
         inside = state_of(llama)
@@ -164,7 +153,7 @@ def off_by_one_by_hand(call: AttentionCall) -> Tensor:
     return (weights @ v).transpose(1, 2).to(call.query.dtype)
 
 
-def by_hand(model: PreTrainedModel, run: Callable[[], Tensor]) -> Tensor:
+def by_hand(model: Model, run: Callable[[], Tensor]) -> Tensor:
     with attach(model, dict.fromkeys(range(2), off_by_one_by_hand)):
         return run()
 
@@ -191,7 +180,7 @@ def test_softmax_off_by_one_equals_its_formula(name: str) -> None:
     assert (wanted - plain).abs().max() > 0.05
 
 
-def test_softmax_off_by_one_can_be_trained(llama: PreTrainedModel) -> None:
+def test_softmax_off_by_one_can_be_trained(llama: Model) -> None:
     ids = tokens(1, 12)
     wanted = by_hand(llama, lambda: grads(llama, ids))
     with softmax_off_by_one(llama):
@@ -199,7 +188,7 @@ def test_softmax_off_by_one_can_be_trained(llama: PreTrainedModel) -> None:
     torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-3)
 
 
-def grads(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def grads(model: Model, ids: Tensor) -> Tensor:
     model(ids, labels=ids).loss.backward()
     out = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     model.zero_grad()
@@ -215,7 +204,7 @@ def test_softmax_with_a_zero_sink_is_softmax_over_one_more_zero_score() -> None:
 
 @pytest.mark.parametrize("zero_sink", [False, True])
 def test_reductions_equal_the_full_weights(
-    llama: PreTrainedModel, zero_sink: bool, monkeypatch: pytest.MonkeyPatch
+    llama: Model, zero_sink: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("steerkit.attention.record._CHUNK_NUMBERS", 4 * 50 * 3)  # one query each
     ids, rows = tokens(2, 50), []
@@ -234,7 +223,7 @@ def test_reductions_equal_the_full_weights(
 
 
 @torch.no_grad()
-def test_value_norms_are_norms_of_the_projected_values(llama: PreTrainedModel) -> None:
+def test_value_norms_are_norms_of_the_projected_values(llama: Model) -> None:
     ids = tokens(1, 9)
     layer = llama.model.layers[0]
     hidden = layer.input_layernorm(llama.model.embed_tokens(ids))

@@ -115,8 +115,8 @@ ROWS: list[Row] = [
     (lambda k: record.mean_weight_on_key(k.model, k.ids, k=-1), "k=-1.* expected 0 <="),
     (lambda k: record.sink_metric(k.model, k.ids, eps=2), "eps=2.*: expected 0 < eps < 1"),
     (lambda k: record.sink_metric(k.model, k.ids, tokens=33), "tokens=33: expected .* <= 32"),
-    (lambda k: maps.attention_map(k.model, k.ids, bins=33), "bins=33: .* 1 <= bins <= 32"),
-    (lambda k: maps.attention_map(k.model, k.ids, bins=4, skip=32), "skip=32: expected 0 <= skip"),
+    (lambda k: maps.attention_map(k.model, k.ids, bins=33), "bins=33, .* 1 <= bins <= 32"),
+    (lambda k: maps.attention_map(k.model, k.ids, bins=4, skip=32), "skip=32: .* 0 <= skip < 32"),
     (lambda k: maps.attention_map(k.model, k.ids, bins=4, reduce="median"),
      'reduce=\'median\': expected "max" or "mean"'),
     # Steering
@@ -135,7 +135,7 @@ ROWS: list[Row] = [
     # Pages, figures and results
     (lambda k: attention_page([], [], title="t"), "0 values for 0 tokens: expected one"),
     (lambda k: attention_page(["a", "b"], [1.0], title="t"), "1 values for 2 tokens"),
-    (lambda k: attention_page(["a"], [-1.0], title="t"), "expected finite numbers, 0 or more"),
+    (lambda k: attention_page(["a"], [-1.0], title="t"), "1 values .* finite and 0 or more"),
     (show(caption=" "), "figure 'a' has an empty caption"),
     (show("../a"), r"name='\.\./a': expected a plain file name"),
     (lambda k: plots.heat_map(k.axes, [1.0]), r"\(1,\): expected \(Q, K\)"),

@@ -10,7 +10,8 @@ import elsewhere
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import steerkit
 from steerkit.attention import maps, record
@@ -30,13 +31,13 @@ from steerkit.tiny.tasks import TASKS
 
 IDS = torch.randint(300, (1, 48), generator=torch.Generator().manual_seed(0))
 SPAN, HEADS, SOME = (8, 16), [Head(1, 2), Head(3, 5)], [Head(0, 0), Head(2, 3)]
-Step = Callable[[PreTrainedModel, PreTrainedTokenizerBase, Tensor], Tensor]
+Step = Callable[[Model, Tokenizer, Tensor], Tensor]
 
 
 def steered(way: Callable, **options: object) -> Step:
     """Logits under one way of steering, the first two tokens padding on the left."""
 
-    def step(model: PreTrainedModel, _: PreTrainedTokenizerBase, ids: Tensor) -> Tensor:
+    def step(model: Model, _: Tokenizer, ids: Tensor) -> Tensor:
         mask = torch.ones_like(ids)
         mask[:, :2] = 0
         with way(model, [[SPAN]], heads=HEADS, **options):
@@ -45,22 +46,22 @@ def steered(way: Callable, **options: object) -> Step:
     return step
 
 
-def written(model: PreTrainedModel, ids: Tensor, **options: object) -> Tensor:
+def written(model: Model, ids: Tensor, **options: object) -> Tensor:
     mask = torch.ones_like(ids)
     return model.generate(ids, attention_mask=mask, max_new_tokens=12, **options)
 
 
-def emphasised(model: PreTrainedModel, _: PreTrainedTokenizerBase, ids: Tensor) -> Tensor:
+def emphasised(model: Model, _: Tokenizer, ids: Tensor) -> Tensor:
     with emphasise(model, [[SPAN]], HEADS):
         return written(model, ids, do_sample=False)
 
 
-def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, _: Tensor) -> Tensor:
+def chat(model: Model, tokenizer: Tokenizer, _: Tensor) -> Tensor:
     replies = stream_chat(model, tokenizer, ["Hi.", "And?"], window=24, max_new_tokens=6)
     return torch.tensor([token for r in replies for token in tokenizer(r.text).input_ids])
 
 
-def gatt_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, _: Tensor) -> Tensor:
+def gatt_turns(model: Model, tokenizer: Tokenizer, _: Tensor) -> Tensor:
     rng = random.Random(0)
     plans = [tiny_gatt.make_plan(rng, tiny_gatt.draw_constraints(rng), turns=2) for _ in range(2)]
     gatt.sample_dialogues(model, tokenizer, plans, candidates=2, max_new_tokens=6)
@@ -68,11 +69,11 @@ def gatt_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, _: Te
     return torch.cat([found.obeyed.flatten(), found.recalled.nan_to_num().flatten()])
 
 
-def examples(tokenizer: PreTrainedTokenizerBase) -> list[heads.Prompt]:
+def examples(tokenizer: Tokenizer) -> list[heads.Prompt]:
     return tasks.to_prompts(tokenizer, TASKS["biasbios"].examples(3, seed=0))
 
 
-def replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, _: Tensor) -> Tensor:
+def replies(model: Model, tokenizer: Tokenizer, _: Tensor) -> Tensor:
     some, steer = TASKS["biasbios"].examples(3, seed=0), partial(emphasise, heads=HEADS)
     texts = tasks.generate(model, tokenizer, some, steer=steer, max_new_tokens=8)
     return torch.tensor([token for text in texts for token in tokenizer(text).input_ids])
@@ -80,7 +81,7 @@ def replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, _: Tenso
 
 NUMBERS: dict[str, Step] = {
     "losses": lambda m, _, ids: steerkit.token_losses(m, ids, sinks=2, window=12, block=16),
-    "recomputed losses": lambda m, _, ids: steerkit.recomputed_losses(m, ids, length=12, batch=5),
+    "recomputed losses": lambda m, _, ids: steerkit.recomputed_losses(m, ids, length=12),
     "emphasise": steered(emphasise),
     "instaboost": steered(relatives.instaboost, multiplier=8),
     "spotlight": steered(relatives.spotlight),
@@ -137,16 +138,6 @@ def test_bfloat16_stays_near_float32(name, tiny, plain) -> None:
     assert (found - plain[name]).abs().nanmean() <= 0.05
 
 
-@pytest.mark.parametrize("name", REPLIES)
-def test_bfloat16_writes_nearly_what_float32_writes(name, tiny, plain) -> None:
-    model = deepcopy(tiny[0]).bfloat16()
-    with torch.no_grad():
-        found = REPLIES[name](model, tiny[1], IDS)
-    assert found.shape == plain[name].shape
-    near = (found - plain[name]).abs().flatten()[-12:] <= 0.05  # what was written, not the prompt
-    assert near.float().mean() >= 0.6
-
-
 def test_a_step_of_gatt_training_in_bfloat16_ends_in_finite_weights(tiny, tmp_path) -> None:
     plan = tiny_gatt.training_plans(0, dialogues=2, turns=2)[1]
     rows = gatt.make_rows([gatt.Sample(plan, ("Yes.", "No."), (True, True))], per_dialogue=1)
@@ -159,7 +150,7 @@ def test_a_step_of_gatt_training_in_bfloat16_ends_in_finite_weights(tiny, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def spread(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
+def spread(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """The embedded model under a device_map: half of it in memory, half of it on disk."""
     from transformers import AutoModelForCausalLM
 

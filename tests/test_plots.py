@@ -102,7 +102,7 @@ def test_differences_are_centred_and_less_is_marked_for_grey(ax: Axes) -> None:
     plots.difference_map(ax, [[0.5, 0.0], [-0.2, -0.01]])
     image = ax.images[0]
     assert image.get_clim() == (-0.5, 0.5)
-    assert image.to_rgba(0.0)[:3] == (1.0, 1.0, 1.0)
+    assert min(image.to_rgba(0.0)[:3]) > 0.95
     assert ax.collections[0].get_offsets().tolist() == [[0.0, 1.0]]  # column 0, row 1
     plots.difference_map(ax, np.zeros((2, 2)), bar=None)
     assert ax.images[1].get_clim() == (-1, 1)  # no difference at all is white, too

@@ -1,14 +1,14 @@
 """Explorers: drawn once with the defaults, drawn again in place at each change, errors shown."""
 
 import html
-from collections.abc import Callable
 from typing import Any
 
 import ipywidgets
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from steerkit.attention.maps import attention_map, attention_received, span_share
 from steerkit.chat import Message, prompt_ids, reply
@@ -23,7 +23,7 @@ TALK = [
     Message("user", "What is the job of Ivan Garner?"),
     Message("assistant", "Ivan Garner works as a <pilot>."),
 ]
-Tiny = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+Tiny = tuple[Model, Tokenizer]
 
 
 class Screen:
@@ -51,9 +51,10 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
     return screen
 
 
-def test_the_page_is_drawn_at_once_and_again_with_each_change(screen: Screen) -> None:
+def test_the_page_is_drawn_at_once_and_again_when_a_slider_is_let_go(screen: Screen) -> None:
     explore(lambda x: f"drawn {x}", {"x": ipywidgets.IntSlider(3)})
     assert screen.pages == ["drawn 3"]
+    assert screen.controls["x"].continuous_update is False
     screen.controls["x"].value = 5
     assert screen.pages == ["drawn 3", "drawn 5"]
 
@@ -75,38 +76,24 @@ def test_an_error_is_shown_escaped_closes_its_figure_and_goes_with_the_next_page
     assert screen.pages[-1] == "fine"
 
 
-def test_nothing_is_drawn_while_a_slider_moves(screen: Screen) -> None:
-    explore(lambda x: "", {"x": ipywidgets.IntSlider()})
-    assert screen.controls["x"].continuous_update is False
-
-
-def test_attention_explorer_draws_map_and_tokens_and_follows_its_controls(
-    tiny: Tiny, screen: Screen
-) -> None:
-    explore_attention(*tiny, TALK, bins=12)
-    first = screen.pages[0]
-    assert "data:image/webp;base64," in first and "<pilot>" not in first
-    assert "from the reply of turn 2" in first
-    changes = {"layer": 1, "head": 2, "turn": 1, "reduce": "mean", "skip": 3}
-    for name, value in changes.items():
-        screen.controls[name].value = value
-    assert len(set(screen.pages)) == 6 and not any("alert" in page for page in screen.pages)
-    explore_attention(*tiny, TALK, bins=12)
-    assert screen.pages[-1] == first  # equal bytes
-
-
-def test_attention_explorer_shows_the_numbers_its_controls_ask_for(
+def test_attention_explorer_follows_its_controls(
     tiny: Tiny, screen: Screen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    talk = [*TALK[:2], Message("user", "Hm."), Message("user", "Who?"), TALK[3]]
+    explore_attention(*tiny, talk, bins=12)
+    first = screen.pages[0]
+    assert "data:image/webp;base64," in first and "<pilot>" not in first
+    assert "from the reply of turn 3" in first
+    assert screen.controls["turn"].options == (1, 3)  # turn 2 has no reply
+
     figures = []
     shaded = lambda texts, values, *_, title: f"{values.tolist()} {title}"  # noqa: E731
     monkeypatch.setattr(widgets, "attention_page", shaded)
     monkeypatch.setattr(widgets, "picture", lambda fig, **_: figures.append(fig) or "")
-    talk = [*TALK[:2], Message("user", "Hm."), Message("user", "Who?"), TALK[3]]
-    explore_attention(*tiny, talk, bins=12)
     changes = {"layer": 1, "head": 2, "reduce": "mean", "skip": 3, "turn": 1}
     for name, value in changes.items():
         screen.controls[name].value = value
+    assert len(set(screen.pages)) == 6
 
     ids, turns = find_turns(tiny[1], talk)
     queries, chosen = (turns[1].start, turns[1].end), {"reduce": "mean", "heads": [(1, 2)]}
@@ -117,7 +104,6 @@ def test_attention_explorer_shows_the_numbers_its_controls_ask_for(
     axes = figures[-1].axes[0]
     weights = attention_map(tiny[0], ids, bins=12, skip=3, **chosen)
     torch.testing.assert_close(torch.tensor(axes.images[0].get_array().filled(0)).float(), weights)
-    assert screen.controls["turn"].options == (1, 3)  # turn 2 has no reply
     (frame,) = axes.patches
     rows = [query * 12 / ids.shape[1] - 0.5 for query in queries]
     assert [frame.get_y(), frame.get_y() + frame.get_height()] == pytest.approx(rows)
@@ -153,18 +139,9 @@ def test_steering_explorer_shows_both_replies_and_the_share_it_raised(
     assert same.count(f"{share:.3f} of attention") == 2 and same.count(html.escape(plain)) == 2
     screen.controls["phrase"].value = "Hobby: tennis."
     assert "ValueError: " in screen.pages[-1] and "is not in the prompt" in screen.pages[-1]
-    assert "<td>&lt;b&gt;</td>" in widgets._side_by_side({"plain": ("<b>", 0.5)})
+    assert "<td>&lt;b&gt;</td>" in widgets._table([["plain", "<b>"]])
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda tiny: explore_attention(*tiny, TALK[:1]), "no reply to look from"),
-        (lambda tiny: explore_steering(*tiny, "x y", "x", {"empty": []}), "no heads"),
-    ],
-)
-def test_bad_input_is_one_clear_error(
-    tiny: Tiny, screen: Screen, call: Callable[[Tiny], None], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        call(tiny)
+def test_a_dialogue_without_replies_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(ValueError, match="no reply to look from"):
+        explore_attention(*tiny, TALK[:1])

@@ -76,9 +76,8 @@ class AttentionCall:
 
     def _sdpa(self) -> Tensor:
         tensors = (self.query, self.key, self.value, self.mask)
-        return sdpa_attention_forward(self.module, *tensors, scaling=self.scaling, **self.options)[
-            0
-        ]
+        options = self.options | {"scaling": self.scaling}
+        return sdpa_attention_forward(self.module, *tensors, **options)[0]
 
 
 Edit = Callable[[AttentionCall], Tensor]

@@ -18,7 +18,7 @@ from steerkit.attention.hook import Heads, heads_by_layer, layer_and_head_counts
 from steerkit.attention.record import WeightChunk, record_weights
 from steerkit.attention.rope import rope_kinds
 from steerkit.chat import check_ids
-from steerkit.spans import span_mask
+from steerkit.spans import Span, span_mask
 
 # Heat maps
 
@@ -48,10 +48,8 @@ def attention_map(
     T = ids.shape[1]
     if reduce not in ("max", "mean"):
         raise ValueError(f'reduce={reduce!r}: expected "max" or "mean"')
-    if not 1 <= bins <= T:
-        raise ValueError(f"bins={bins}: expected 1 <= bins <= {T}, the number of tokens")
-    if not 0 <= skip < T:
-        raise ValueError(f"skip={skip}: expected 0 <= skip < {T}, the number of tokens")
+    if not (1 <= bins <= T and 0 <= skip < T):
+        raise ValueError(f"bins={bins}, skip={skip}: expected 1 <= bins <= {T}, 0 <= skip < {T}")
     chosen = heads_by_layer(model, heads)
     if not chosen:
         raise ValueError("no heads: give at least one (layer, head), or None for all")
@@ -99,7 +97,7 @@ class SpanAttention(NamedTuple):
     peak: Tensor  # largest of its weights
 
 
-def span_attention(model: Model, ids: Tensor, spans: Sequence[tuple[int, int]]) -> SpanAttention:
+def span_attention(model: Model, ids: Tensor, spans: Sequence[Span]) -> SpanAttention:
     """Share and largest weight that every query of one text, ids (1,T), gives to `spans`.
 
     `spans` are token ranges [start, end); their union counts. The peak is Figure 10's quantity
@@ -122,7 +120,7 @@ def span_attention(model: Model, ids: Tensor, spans: Sequence[tuple[int, int]]) 
     return SpanAttention(share, peak)
 
 
-def span_share(model: Model, ids: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+def span_share(model: Model, ids: Tensor, spans: Sequence[Span]) -> Tensor:
     """Attention mass that each query puts on the union of `spans`: ids (1,T) -> (L,H,T), in 0..1.
 
     >>> import steerkit
@@ -138,12 +136,7 @@ def span_share(model: Model, ids: Tensor, spans: Sequence[tuple[int, int]]) -> T
 
 
 def attention_received(
-    model: Model,
-    ids: Tensor,
-    queries: tuple[int, int],
-    *,
-    reduce: str = "max",
-    heads: Heads | None = None,
+    model: Model, ids: Tensor, queries: Span, *, reduce: str = "max", heads: Heads | None = None
 ) -> Tensor:
     """The "max" or "mean" weight that each token of ids (1,T) gets from some queries -> (T,).
 
@@ -172,8 +165,7 @@ def _check_text(model: Model, ids: Tensor) -> None:
     if limit < T and not rope_kinds(model):
         raise ValueError(f"{T} tokens, the model has {limit} learned positions: shorten the text")
     if limit < T:
-        warnings.warn(
-            f"{T} tokens, and the model was trained on {limit} positions: weights beyond them are "
-            "computed, but say little about the model at work",
-            stacklevel=3,
+        message = (
+            f"{T} tokens, the model was trained on {limit} positions: weights beyond say little"
         )
+        warnings.warn(message, stacklevel=3)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from steerkit.spans import Turn
 
@@ -21,7 +21,7 @@ _SHADES = (
 _FIRST_WHITE = 7  # from this shade on white letters have the better contrast
 
 
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Any) -> list[str]:
+def token_texts(tokenizer: Tokenizer, ids: Any) -> list[str]:
     """What each token of ids (T,) or (1,T) adds to the text, its leading space included."""
     row = torch.as_tensor(ids).flatten().tolist()
     keep = {"clean_up_tokenization_spaces": False}
@@ -48,43 +48,35 @@ def attention_page(
     `texts` (T,) are the tokens, `title` says what is shown, `top` is the darkest shade's value (by
     default the largest one). About 60 bytes and the text for each token.
     """
-    v = [float(x) for x in torch.as_tensor(values).flatten().tolist()]
-    if not texts or len(v) != len(texts):
-        raise ValueError(f"{len(v)} values for {len(texts)} tokens: expected one each, 1 or more")
-    if not all(0 <= x < float("inf") for x in v):
-        raise ValueError(f"values from {min(v)} to {max(v)}: expected finite numbers, 0 or more")
-    top = top or max(v) or 1.0
-    parts = turns or [Turn(0, "", 0, len(texts))]
-    if (end := parts[-1].end) != len(texts):
+    v = torch.as_tensor(values).flatten().tolist()
+    if not texts or len(v) != len(texts) or not all(0 <= x < float("inf") for x in v):
+        raise ValueError(
+            f"{len(v)} values for {len(texts)} tokens: expected one each, finite and 0 or more"
+        )
+    turns = turns or [Turn(0, "", 0, len(texts))]
+    if (end := turns[-1].end) != len(texts):
         raise ValueError(f"turns of {end} tokens, a text of {len(texts)}: not the same text")
-    body = "".join(_message(part, texts, v, top) for part in parts)
-    head = f"<p><b>{html.escape(title)}</b> {_legend(top)}</p>"
-    return f'<div style="background:#fff;color:#000;line-height:1.6">{head}{body}</div>'
+    top = top or max(v) or 1.0
+    tokens = [_token(text, value, top) for text, value in zip(texts, v, strict=True)]
+    steps = range(len(_SHADES))
+    legend = "".join(_token("  ", n * top / steps[-1], top) for n in steps)
+    page = f"<p><b>{html.escape(title)}</b> 0 {legend} {top:.2g}</p>"
+    for turn in turns:
+        name = html.escape(f"{turn.number} {turn.role}") if turn.role else ""
+        page += f"<p><small>{name}</small> {''.join(tokens[turn.start : turn.end])}</p>\n"
+    return f'<div style="background:#fff;color:#000;line-height:1.6">{page}</div>'
 
 
-def mask_page(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Sequence[int]]) -> str:
+def mask_page(tokenizer: Tokenizer, row: Mapping[str, Sequence[int]]) -> str:
     """HTML of one tokenised training row: tokens that carry loss (label not -100) are dark."""
     carries_loss = [float(label != -100) for label in row["labels"]]
     texts = token_texts(tokenizer, row["input_ids"])
     return attention_page(texts, carries_loss, title="which tokens carry loss: 0 no, 1 yes", top=1)
 
 
-def _message(part: Turn, texts: Sequence[str], values: Sequence[float], top: float) -> str:
-    tokens = "".join(_token(texts[t], values[t], top) for t in range(part.start, part.end))
-    name = f"{part.number} {part.role}" if part.role else ""
-    return f"<p><small>{html.escape(name)}</small> {tokens}</p>\n"
-
-
 def _token(text: str, value: float, top: float) -> str:
     shade = round(min(value / top, 1) * (len(_SHADES) - 1))
-    style = f' style="background:{_SHADES[shade]}"' if shade else ""
-    if shade >= _FIRST_WHITE:
-        style = style[:-1] + ';color:#fff"'
+    letters = ";color:#fff" if shade >= _FIRST_WHITE else ""
+    style = f' style="background:{_SHADES[shade]}{letters}"' if shade else ""
     words = html.escape(text, quote=False).replace("\n", "↵<br>")
     return f'<i title="{value:.2g}"{style}>{words}</i>'
-
-
-def _legend(top: float) -> str:
-    """The shades, lightest first, between 0 and `top`."""
-    steps = [n * top / (len(_SHADES) - 1) for n in range(len(_SHADES))]
-    return f"0 {''.join(_token('  ', x, top) for x in steps)} {top:.2g}"

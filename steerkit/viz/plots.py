@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from IPython import get_ipython
 from IPython.display import HTML, display
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.pyplot import Axes, Figure, Rectangle
 from torch import Tensor
 
@@ -29,9 +28,6 @@ from steerkit.statistics import bootstrap
 with plt.style.context("steerkit.viz.steerkit"):
     _CYCLE = plt.rcParams["axes.prop_cycle"].by_key()
 COLOURS, MARKERS = _CYCLE["color"], _CYCLE["marker"]
-DIVERGING = LinearSegmentedColormap.from_list(
-    "steerkit", ["#8C3A00", "#D55E00", "#FFFFFF", "#0072B2", "#003A5C"], N=255
-)
 
 
 # Figures that leave the notebook
@@ -103,13 +99,13 @@ def heat_map(
 def difference_map(
     ax: Axes, difference: Any, *, vmax: float | None = None, bar: str | None = "difference"
 ) -> Axes:
-    """Weights after minus before, (Q, K): blue for more, orange with dots for less, white for 0.
+    """Weights after minus before, (Q, K): blue for more, red with dots for less, white for 0.
 
     Colours run from -vmax to vmax, by default the largest change.
     """
     d = _matrix(difference, "(Q, K), one head at a time")
     vmax = vmax or float(np.abs(d).max()) or 1.0
-    colours = {"vmin": -vmax, "vmax": vmax, "cmap": DIVERGING}
+    colours = {"vmin": -vmax, "vmax": vmax, "cmap": "RdBu"}
     _draw(ax, d, "query position", "key position", bar, **colours)
     row, column = np.nonzero(d < -vmax / 10)
     ax.scatter(column, row, s=0.15 * (150 / len(d)) ** 2, color="black", linewidths=0)

@@ -12,7 +12,8 @@ import ipywidgets
 import matplotlib.pyplot as plt
 import torch
 from IPython.display import HTML, display
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from steerkit.attention.hook import layer_and_head_counts
 from steerkit.attention.maps import attention_map, attention_received, span_share
@@ -20,7 +21,7 @@ from steerkit.chat import Message, prompt_ids, reply
 from steerkit.spans import find_span, find_turns
 from steerkit.steering.pasta import emphasise
 from steerkit.viz.html import attention_page, token_texts
-from steerkit.viz.plots import COLOURS, binned_text, heat_map, mark_turns, picture
+from steerkit.viz.plots import COLOURS, Heads, binned_text, heat_map, mark_turns, picture
 
 
 def explore(draw: Callable[..., str], controls: Mapping[str, ipywidgets.Widget]) -> None:
@@ -51,11 +52,7 @@ def explore(draw: Callable[..., str], controls: Mapping[str, ipywidgets.Widget])
 
 
 def explore_attention(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    *,
-    bins: int = 48,
+    model: Model, tokenizer: Tokenizer, messages: Sequence[Message], *, bins: int = 48
 ) -> None:
     """Heat map of a dialogue, and its tokens shaded by what they get from one reply.
 
@@ -73,22 +70,20 @@ def explore_attention(
         layers = range(L) if layer == "all" else [layer]
         heads = range(H) if head == "all" else [head]
         chosen = {"reduce": reduce, "heads": list(product(layers, heads))}
-        queries = replies[turn]
-
-        fig, ax = plt.subplots(figsize=(8.5, 6.2))
-        weights = attention_map(model, ids, bins=bins, skip=skip, **chosen)
-        mark_turns(heat_map(ax, weights), turns, binned_text(texts, bins))
-        low, high = (query * bins / len(texts) - 0.5 for query in queries)
+        _, ax = plt.subplots(figsize=(8.5, 6.2))
+        heat_map(ax, attention_map(model, ids, bins=bins, skip=skip, **chosen))
+        mark_turns(ax, turns, binned_text(texts, bins))
+        low, high = (query * bins / len(texts) - 0.5 for query in replies[turn])
         ax.axhspan(low, high, fill=False, edgecolor=COLOURS[5], linewidth=1.5)
-
-        received = attention_received(model, ids, queries, **chosen)
-        received[:skip] = 0
-        kind = "Largest" if reduce == "max" else "Mean"
-        title = f"{kind} weights of layer {layer}, head {head}"
+        title = f"{reduce} weights of layer {layer}, head {head}"
+        caption = f"{title}; framed: the reply of turn {turn}."
         alt = f"Heat map of {len(texts)} tokens in {bins} bins, the reply of turn {turn} framed."
-        drawn = picture(fig, caption=f"{title}; framed: the reply of turn {turn}.", alt=alt)
+        shown = picture(ax.figure, caption=caption, alt=alt)
+
+        received = attention_received(model, ids, replies[turn], **chosen)
+        received[:skip] = 0
         title += f", from the reply of turn {turn}"
-        return drawn + attention_page(texts, received, turns, title=title)
+        return shown + attention_page(texts, received, turns, title=title)
 
     controls = {
         "layer": ipywidgets.Dropdown(options=["all", *range(L)]),
@@ -101,52 +96,41 @@ def explore_attention(
 
 
 def explore_steering(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    phrase: str,
-    head_sets: Mapping[str, Iterable[tuple[int, int]]],
-    *,
-    max_new_tokens: int = 48,
+    model: Model, tokenizer: Tokenizer, prompt: str, phrase: str, head_sets: Mapping[str, Heads]
 ) -> None:
     """Plain and steered replies to one user message, side by side.
 
-    Controls: the message, the phrase in it to emphasise, alpha, and one of the named `head_sets`.
-    Under each reply stands the share of attention that the phrase gets when the reply begins, mean
-    over the chosen heads.
+    Controls: the message, the phrase in it to emphasise, alpha, and one of the named `head_sets`
+    (with at least one head each). Under each reply stands the share of attention that the phrase
+    gets when the reply begins, mean over the chosen heads.
     """
-    sets = {name: [tuple(head) for head in heads] for name, heads in head_sets.items()}
-    if not sets or not all(sets.values()):
-        raise ValueError("no heads to steer: give at least one named set with a head in it")
 
     def draw(prompt: str, phrase: str, alpha: float, heads: str) -> str:
-        messages = [Message("user", prompt)]
+        messages, chosen = [Message("user", prompt)], list(head_sets[heads])
         spans = [find_span(tokenizer, messages, phrase)]
-        ids = torch.tensor([prompt_ids(tokenizer, messages)]).to(model.device)
+        ids = torch.tensor([prompt_ids(tokenizer, messages)])
 
-        def share() -> float:
+        def column(name: str) -> list[str]:
+            (words,) = reply(model, tokenizer, [messages])
             by_head = span_share(model, ids, spans)[..., -1]  # (L,H) of the last query
-            return torch.stack([by_head[head] for head in sets[heads]]).mean().item()
+            share = torch.stack([by_head[tuple(head)] for head in chosen]).mean()
+            return [name, words, f"{share:.3f} of attention"]
 
-        (plain,) = reply(model, tokenizer, [messages], max_new_tokens=max_new_tokens)
-        columns = {"plain": (plain, share())}
-        with emphasise(model, [spans], sets[heads], alpha=alpha):
-            (steered,) = reply(model, tokenizer, [messages], max_new_tokens=max_new_tokens)
-            columns[f"steered, alpha {alpha:.3g}"] = (steered, share())
-        return _side_by_side(columns)
+        columns = [column("plain")]
+        with emphasise(model, [spans], chosen, alpha=alpha):
+            columns.append(column(f"steered, alpha {alpha:.3g}"))
+        return _table(zip(*columns, strict=True))
 
     controls = {
         "prompt": ipywidgets.Textarea(prompt, layout={"width": "95%", "height": "5em"}),
         "phrase": ipywidgets.Text(phrase),
         "alpha": ipywidgets.FloatLogSlider(0.01, min=-4, max=0, step=0.25),
-        "heads": ipywidgets.Dropdown(options=list(sets)),
+        "heads": ipywidgets.Dropdown(options=list(head_sets)),
     }
     explore(draw, controls)
 
 
-def _side_by_side(columns: Mapping[str, tuple[str, float]]) -> str:
-    """A table with a column per condition: its name, the reply, and the share of attention."""
-    names = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    replies = "".join(f"<td>{html.escape(text)}</td>" for text, _ in columns.values())
-    shares = "".join(f"<td>{share:.3f} of attention</td>" for _, share in columns.values())
-    return f"<table><tr>{names}</tr><tr>{replies}</tr><tr>{shares}</tr></table>"
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    """An HTML table of texts."""
+    cells = ("".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows)
+    return f"<table><tr>{'</tr><tr>'.join(cells)}</tr></table>"
