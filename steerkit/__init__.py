@@ -6,34 +6,29 @@ The names below are the four results; everything else is imported from its modul
 from importlib import import_module
 from typing import Any
 
-_MODULES = {  # exported name -> its module, which is imported when the name is asked for
+_EXPORTS = {  # module -> its names; a module is imported when one of its names is asked for
     # a model and its text
-    "load": "models",
-    "reply": "chat",
-    "find_span": "spans",
-    "Message": "chat",
+    "models": ["load"],
+    "chat": ["reply", "Message"],
+    "spans": ["find_span"],
     # look: attention weights and heat maps
-    "attach": "attention.hook",
-    "attention_weights": "attention.record",
-    "attention_map": "attention.maps",
-    "span_share": "attention.maps",
-    "sink_metric": "attention.record",
+    "attention.hook": ["attach", "Head"],
+    "attention.record": ["attention_weights", "sink_metric"],
+    "attention.maps": ["attention_map", "span_share"],
     # steer: PASTA
-    "emphasise": "steering.pasta",
-    "additive_bias": "steering.other_methods",
-    "Head": "attention.hook",
-    "score_heads": "steering.head_search",
+    "steering.pasta": ["emphasise"],
+    "steering.other_methods": ["additive_bias"],
+    "steering.head_search": ["score_heads"],
     # stream: StreamingLLM
-    "SinkCache": "streaming.sink_cache",
-    "token_losses": "streaming.losses",
-    "recomputed_losses": "streaming.losses",
-    "stream_chat": "streaming.conversation",
+    "streaming.sink_cache": ["SinkCache"],
+    "streaming.losses": ["token_losses", "recomputed_losses"],
+    "streaming.conversation": ["stream_chat"],
     # keep an instruction: Ghost Attention, whose training needs TRL and PEFT
-    "sample_dialogues": "gatt.dialogues",
-    "make_rows": "gatt.dialogues",
-    "train": "gatt.training",
-    "adherence_by_turn": "gatt.evaluation",
+    "gatt.dialogues": ["sample_dialogues", "make_rows"],
+    "gatt.training": ["train"],
+    "gatt.evaluation": ["adherence_by_turn"],
 }
+_MODULES = {name: module for module, names in _EXPORTS.items() for name in names}
 __all__ = [*_MODULES]
 
 

@@ -5,7 +5,7 @@ import os
 import re
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Groups(config, log)
 
 
-def write_notebook(
-    root: Path, name: str, cells: Sequence[str], *, parameters: str = PARAMETERS
-) -> Path:
+def write_notebook(root, name, cells, *, parameters=PARAMETERS):
     """Put a notebook of a parameters cell and `cells` into the kit at `root`."""
     first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
     rest = [nbformat.v4.new_code_cell(source) for source in cells]

@@ -86,9 +86,7 @@ def code_cells(path: Path) -> list[NotebookNode]:
     return [cell for cell in read(path).cells if cell.cell_type == "code"]
 
 
-def differences(
-    committed: Path, executed: list[NotebookNode], session: pytest.Session
-) -> list[str]:
+def differences(committed, executed, session):
     """What `pytest --nbval-lax` says of marked cells, when the kernel's outputs are these."""
     judge = IPyNbFile.from_parent(session, path=committed)
     judge.compare_outputs = False  # only marked cells: --nbval-lax
@@ -148,12 +146,6 @@ def test_it_runs_at_small_size(path, tmp_path):
     assert claims and all(claim["profile"] == "smoke" for claim in claims)
 
 
-def test_the_first_notebook_leads_to_all_others():
-    text = "".join(cell.source for cell in read(NOTEBOOKS[0]).cells)
-    path = text[text.index("a reading path") :]
-    assert set(re.findall(r"`(\d\d_\w+)`", path)) == {name.stem for name in NOTEBOOKS[1:]}
-
-
 BY_NAME = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -198,10 +190,8 @@ def problems(path: Path, figures: Path) -> list[str]:
 def cell_problems(cell: NotebookNode) -> Iterator[str]:
     name = f"cell {cell.source[:30]!r}"
     for node in ast.walk(ast.parse(cell.source)):
-        if isinstance(node, ast.ClassDef):
-            yield f"{name}: a class belongs in the package"
-        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 15:
-            yield f"{name}: def {node.name} is longer than 15 lines"
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.end_lineno - node.lineno > 14:
+            yield f"{name}: what is longer than 15 lines belongs in the package"
     if MARK in cell.source.splitlines() and not cell.outputs:
         yield f"{name}: marked for nbval but has no output"
     for output in cell.outputs:
@@ -217,12 +207,9 @@ def cell_problems(cell: NotebookNode) -> Iterator[str]:
 
 def parameter_problems(path: Path, notebook: NotebookNode) -> Iterator[str]:
     cells = tagged(notebook, "parameters")
-    if len(cells) != 1:
-        yield f"{len(cells)} cells tagged parameters: expected 1"
-        return
-    lines = cells[0].source.splitlines()
-    if not all(re.match(r"\w+: \w+ = [^#]+  # \S", line) for line in lines):
-        yield "parameters cell: expected one `name: type = literal  # help` per line"
+    lines = [line for cell in cells for line in cell.source.splitlines()]
+    if len(cells) != 1 or not all(re.match(r"\w+: \w+ = [^#]+  # \S", line) for line in lines):
+        yield "expected 1 parameters cell of one `name: type = literal  # help` per line"
     elif runner.parameters(path).get("PROFILE") != "cpu":
         yield "parameters cell: the default PROFILE is not cpu"
     if tagged(notebook, "injected-parameters"):
@@ -298,20 +285,16 @@ def unsay(words: str) -> Callable[[Any], Any]:
 
 SPOILS: list[tuple[Callable[[Any], Any], str]] = [
     (edit(1, execution_count=7), "not run from top to bottom"),
-    (show(2, name="stdout", text="x" * 2_000_000), "less than 2 MB"),
     (lambda n: n.metadata.update(papermill={}), "metadata: store it"),
     (show(2, name="stdout", text="in /home/me/x.txt"), "machine path"),
     (show(2, name="stderr", text="careful"), "an error, or output on stderr"),
     (edit(2, outputs=[]), "marked for nbval but has no output"),
     (edit(2, source="print(3)"), "no cell is marked"),
-    (edit(1, outputs=[]), "does not show"),
-    (edit(2, source="class A: pass"), "a class belongs"),
     (edit(2, source="def f():\n" + " x = 1\n" * 15), "longer than 15 lines"),
     (show(2, kind="display_data", data={"image/png": "AAAA"}), "a picture without words"),
     (unsay("Empty axes."), "without caption or alt"),
-    (unsay("No line."), "without caption or alt"),
-    (lambda n: n.cells[1].metadata.update(tags=["parameters"]), "2 cells tagged parameters"),
-    (edit(0, source="PROFILE = 'cpu'"), "expected one `name: type"),
+    (lambda n: n.cells[1].metadata.update(tags=["parameters"]), "expected 1 parameters cell"),
+    (edit(0, source="PROFILE = 'cpu'"), "expected 1 parameters cell"),
     (edit(0, source=PARAMETERS.replace("cpu", "smoke", 1)), "is not cpu"),
     (lambda n: n.cells[1].metadata.update(tags=["injected-parameters"]), "injected parameters"),
 ]

@@ -1,6 +1,5 @@
 """Spans from text: brute force over all token ranges decides what the right answer is."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from steerkit.chat import Batch, Message, dialogue_ids, pad_left, prompt_ids, reply
+from steerkit.chat import Batch, Message, dialogue_ids, prompt_ids, reply
 from steerkit.spans import find_span, find_spans, find_turns, reduce_by_turn
 from steerkit.steering.pasta import emphasise
 
@@ -71,9 +70,7 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     return request.param()
 
 
-def brute_force(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], phrase: str
-) -> list[tuple[int, int]]:
+def brute_force(tokenizer, ids, phrase):
     """Every token range that decodes to the phrase and would not if it were shorter."""
     n = len(ids)
     reads = {
@@ -102,22 +99,6 @@ def test_a_phrase_of_a_dialogue_is_found_in_its_prompt(tokenizer):
     for phrase, times in (("Reply in French.", 2), ("What does Anna like?", 1), ("Anna", 3)):
         spans = find_spans(tokenizer, DIALOGUE, phrase)
         assert spans == brute_force(tokenizer, ids, phrase) and len(spans) == times
-
-
-def test_a_batch_is_padded_on_the_left_and_its_spans_with_it(tokenizer):
-    prompts = [TEXT, "Anna likes tea", DIALOGUE]
-    phrases = ["Reply in French.", "tea", "What does Anna like?"]
-    spans = [[find_span(tokenizer, p, x)] for p, x in zip(prompts, phrases, strict=True)]
-    batch = pad_left(tokenizer, [prompt_ids(tokenizer, p) for p in prompts], range(3))
-    inputs, moved = batch.inputs, batch.move(spans)
-    for ids, real, [(start, end)], phrase in zip(
-        inputs["input_ids"], inputs["attention_mask"], moved, phrases, strict=True
-    ):
-        assert tokenizer.decode(ids[start:end]).strip() == phrase
-        assert real[start:end].all() and torch.equal(real, real.sort().values)
-    assert inputs["input_ids"][2].tolist()[-len(prompt_ids(tokenizer, DIALOGUE)) :] == prompt_ids(
-        tokenizer, DIALOGUE
-    )
 
 
 def test_a_padded_batch_is_steered_as_its_prompts_alone(tiny):

@@ -1,4 +1,14 @@
-"""The command `steerkit`: run notebooks, copy them, make and check a class's copies."""
+"""Run notebooks that reproduce results about steering a model's attention; make a class's copies.
+
+examples:
+  steerkit run                                  every notebook on the embedded models
+  steerkit run --profile smoke                  the same code at small n, about a minute each
+  steerkit run --only 04 -p TEXT book.txt       one notebook, on a text of your own
+  steerkit run --profile gpu --model DIR_OR_ID  a real checkpoint on a CUDA GPU
+  steerkit notebooks course                     copies of the notebooks, to work in
+  steerkit student workshop                     copies without solutions, and the answer key
+  steerkit check workshop/student/*.ipynb       which exercises of students' copies are right
+"""
 
 import argparse
 import sys
@@ -8,15 +18,6 @@ from pathlib import Path
 from steerkit.results import versions
 
 PROFILES = ("smoke", "cpu", "gpu")
-EXAMPLES = """examples:
-  steerkit run                                  every notebook on the embedded models
-  steerkit run --profile smoke                  the same code at small n, about a minute each
-  steerkit run --only 04 -p TEXT book.txt       one notebook, on a text of your own
-  steerkit run --profile gpu --model DIR_OR_ID  a real checkpoint on a CUDA GPU
-  steerkit notebooks course                     copies of the notebooks, to work in
-  steerkit student workshop                     copies without solutions, and the answer key
-  steerkit check workshop/student/*.ipynb       which exercises of students' copies are right
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,10 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="steerkit",
-        description="Notebooks that reproduce results about steering a model's attention.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="steerkit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--version", action="version", version=str(versions()))
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
