@@ -15,8 +15,6 @@ from transformers import DynamicCache, PreTrainedModel
 from steerkit.streaming.losses import last_only
 from steerkit.streaming.sink_cache import SinkCache
 
-_FILL_BLOCK = 256
-
 
 def interleaved(
     steps: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 2
@@ -51,7 +49,7 @@ def decode_pace(model: PreTrainedModel, *, cache: int, repeats: int = 15) -> dic
     streaming = SinkCache(model, sinks=4, window=cache - 4)
     dense = DynamicCache(config=model.config)
     for past in (streaming, dense):
-        for piece in ids.split(_FILL_BLOCK, dim=1):
+        for piece in ids.split(256, dim=1):
             model(piece, past_key_values=past)
     model(ids[:, :2], past_key_values=streaming)  # the cache is full: each step evicts
     steps = {
@@ -59,5 +57,4 @@ def decode_pace(model: PreTrainedModel, *, cache: int, repeats: int = 15) -> dic
         "re-computation": lambda: model(ids, use_cache=False, **last_only(model)),
         "streaming": lambda: model(ids[:, :1], past_key_values=streaming),
     }
-    seconds = interleaved(steps, repeats=repeats)
-    return {name: 1e3 * value for name, value in seconds.items()}
+    return {name: 1e3 * s for name, s in interleaved(steps, repeats=repeats).items()}

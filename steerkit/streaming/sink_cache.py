@@ -145,10 +145,7 @@ class SinkLayer(CacheLayerMixin):
         """Store n new keys and values (B,Hkv,n,D); return those that this forward attends to."""
         state, n = self.state, key_states.shape[2]
         if n != state.new:
-            raise ValueError(
-                f"{n} new keys from another model: call the model this SinkCache was made for, or "
-                "make one for the model that you call"
-            )
+            raise ValueError(f"{n} new keys: call the model this SinkCache was made for, no other")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if state.is_block:
@@ -186,14 +183,14 @@ class SinkLayer(CacheLayerMixin):
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attention of a block of queries, equal to one query at a time -> (B,n,H,D)."""
-        n = call.query.shape[2]
-        chunks = [(start, min(start + _QUERY_CHUNK, n)) for start in range(0, n, _QUERY_CHUNK)]
-        return torch.cat([self._attend_chunk(call, *chunk) for chunk in chunks], dim=1)
+        starts = range(0, call.query.shape[2], _QUERY_CHUNK)
+        return torch.cat([self._attend_chunk(call, start) for start in starts], dim=1)
 
-    def _attend_chunk(self, call: AttentionCall, start: int, stop: int) -> Tensor:
-        """The same for the new tokens `start` to `stop`: the sinks and a band of recent keys."""
-        state, S = self.state, self.state.sinks
-        query, key, value = call.query[:, :, start:stop], call.key, call.value
+    def _attend_chunk(self, call: AttentionCall, start: int) -> Tensor:
+        """The same for the new tokens from `start` on: the sinks and a band of recent keys."""
+        state, S, key, value = self.state, self.state.sinks, call.key, call.value
+        query = call.query[:, :, start : start + _QUERY_CHUNK]
+        stop = start + query.shape[2]
         shift = S - state.oldest()  # a token's place among the call's keys, minus its number
         band = slice(state.oldest(start) + shift, state.seen + stop + shift)
         if band != slice(S, key.shape[2]):
@@ -247,8 +244,7 @@ class SinkLayer(CacheLayerMixin):
         """Assisted decoding takes tokens back; what was evicted for them is gone."""
         if tokens_to_remove:
             raise ValueError(
-                "SinkCache cannot take tokens back: generate without assisted decoding and prompt "
-                "lookup"
+                "SinkCache cannot take tokens back: generate without assisted decoding"
             )
 
 
@@ -332,9 +328,7 @@ class SinkCache(Cache):
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         state, n = self.state, inputs.shape[1]
         if state.new:
-            raise ValueError(
-                "the last forward with this SinkCache did not finish: call reset() and start anew"
-            )
+            raise ValueError("the last forward did not finish: call reset() and start anew")
         if torch.is_grad_enabled():
             raise ValueError("SinkCache keeps no gradients: call the model under torch.no_grad()")
         _refuse_padding(kwargs, state.seen, n)
@@ -367,10 +361,8 @@ class SinkCache(Cache):
 
 def _refuse_padding(kwargs: dict[str, Any], seen: int, n: int) -> None:
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is not None and (mask.ndim != 2 or bool((mask[:, -n if seen else 0 :] == 0).any())):
-        raise ValueError(
-            "padding in the attention mask: pads would become sinks; batch prompts of equal length"
-        )
+    if mask is not None and (mask.ndim != 2 or (mask[:, -n if seen else 0 :] == 0).any()):
+        raise ValueError("padding would become sinks: batch prompts of equal length, without mask")
     if positions is not None and (positions.cpu() != torch.arange(seen, seen + n)).any():
         raise ValueError(
             f"position_ids {positions.flatten()[:3].tolist()}...: this cache has seen {seen} "
@@ -392,9 +384,7 @@ def _refuse_unstreamable(model: Model, calls: list[AttentionCall], keys: int) ->
             "moved; set a static type (default, linear, yarn, llama3) in rope_parameters"
         )
     if (chunk := getattr(model.config.get_text_config(), "attention_chunk_size", None)) is not None:
-        raise ValueError(
-            f"attention_chunk_size={chunk}: chunked attention and a sink cache exclude each other"
-        )
+        raise ValueError(f"attention_chunk_size={chunk}: chunks do not see sinks of earlier ones")
     for layer, call in enumerate(calls):
         local = call.options.get("sliding_window")
         if local is not None and local < keys:
