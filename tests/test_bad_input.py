@@ -86,7 +86,6 @@ ROWS: list[Row] = [
     (lambda k: SinkCache(k.model, window=2.5), "window=2.5: expected a whole"),
     (lambda k: SinkCache(k.model, sinks=None), "sinks=None: expected a whole"),
     (lambda k: SinkCache(k.model, sinks=-1), "sinks=-1: .* 0 or more"),
-    (recomputed(length=0), "length=0: expected a window of at least 1"),
     (recomputed(positions=[]), "positions: expected a non-empty list of 0 .. 30"),
     (recomputed(positions=[31]), "positions: expected a .* list of 0 .. 30"),
     (recomputed(positions=[[1]]), "positions: expected a non-empty .* of 0 .. 30"),

@@ -52,17 +52,7 @@ def test_a_template_that_leaves_a_message_out_is_refused(tiny, monkeypatch):
         template_pieces(tiny[1], [Message("user", "Hi."), Message("assistant", "Yes.")])
 
 
-@pytest.mark.parametrize(
-    "dialogue",
-    [
-        "Hi.",
-        Message("user", "Hi."),
-        {"role": "user", "content": "Hi."},
-        [],
-        [{"role": "user"}],
-        ["Hi."],
-    ],
-)
+@pytest.mark.parametrize("dialogue", ["Hi.", Message("user", "Hi."), [], [{"role": "user"}]])
 def test_what_is_no_dialogue_is_named(dialogue):
     with pytest.raises(ValueError, match="expected at least one message, in a list") as caught:
         as_messages(dialogue)

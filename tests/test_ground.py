@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -70,19 +69,6 @@ def test_ci_runs_the_same_command_as_the_readme():
     assert set(extras.split(",")) == makefile_extras() | {"browser"}
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert re.search(r"^make test\b", (ROOT / "README.md").read_text(), re.MULTILINE)
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_make_names_the_remedy_without_a_right_python(tmp_path):
-    for tool in ("sh", "bash", "env"):
-        (tmp_path / tool).symlink_to(shutil.which(tool))
-    (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")  # as an old Python answers the probe
-    (tmp_path / "python3").chmod(0o755)
-    command = [shutil.which("make"), "-C", str(ROOT), "venv", f"VENV={tmp_path / 'venv'}"]
-    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": str(tmp_path)})
-    assert done.returncode != 0
-    assert "No Python 3.11, 3.12 or 3.13 with the venv module" in done.stderr
-    assert not (tmp_path / "venv").exists()
 
 
 @pytest.mark.parametrize("arguments", [["check"], ["format", "--check"]])
