@@ -36,6 +36,7 @@ _TOKENS_ELSEWHERE = 8192
 _SLOPE_SHARE = 0.25  # of the prompts, on which the screen asks for slopes
 
 
+Prompts = Sequence[Prompt]
 Measure = Callable[[Callable[..., AbstractContextManager] | None], Tensor]
 """measure(steer) -> (N,) numbers; `steer` is None, or (model, spans) -> a `with`."""
 
@@ -97,7 +98,7 @@ def rank(mean: Tensor) -> list[Head]:
     return [head for head in heads if not mean[head].isnan()]
 
 
-def _empty_table(model: Model, prompts: Sequence[Prompt], alpha: float, task: str) -> HeadTable:
+def _empty_table(model: Model, prompts: Prompts, alpha: float, task: str) -> HeadTable:
     """All scores are missing; ValueError for prompts and alphas that cannot be scored."""
     check_alpha(alpha)
     if not prompts:
@@ -124,7 +125,7 @@ def _empty_table(model: Model, prompts: Sequence[Prompt], alpha: float, task: st
 
 
 def naive_scores(
-    model: Model, prompts: Sequence[Prompt], *, heads: Heads | None = None, alpha: float = 0.01
+    model: Model, prompts: Prompts, *, heads: Heads | None = None, alpha: float = 0.01
 ) -> HeadTable:
     """Algorithm 1 as the paper says it: steer one head after another, one whole forward each."""
     table = _empty_table(model, prompts, alpha, "")
@@ -135,7 +136,7 @@ def naive_scores(
 
 
 def _one_by_one(
-    model: Model, prompts: Sequence[Prompt], heads: Sequence[Head], alpha: float
+    model: Model, prompts: Prompts, heads: list[Head], alpha: float
 ) -> tuple[Tensor, Tensor]:
     """The baseline (N,), and the scores (N, heads)."""
     score = partial(answer_scores_with_heads, model, prompts, alpha=alpha)
@@ -144,7 +145,7 @@ def _one_by_one(
 
 @torch.no_grad()
 def answer_scores_with_heads(
-    model: Model, prompts: Sequence[Prompt], heads: Heads, *, alpha: float = 0.01, batch: int = 16
+    model: Model, prompts: Prompts, heads: Heads, *, alpha: float = 0.01, batch: int = 16
 ) -> Tensor:
     """Scores (N,) of the prompts with `heads` steered together; no heads: without steering."""
     scores, heads = [], list(heads)
@@ -172,7 +173,7 @@ def score_heads_by(
 
 def score_heads(
     model: Model,
-    prompts: Sequence[Prompt],
+    prompts: Prompts,
     *,
     heads: Heads | None = None,
     alpha: float = 0.01,
@@ -228,11 +229,11 @@ def _in_order(model: Model, heads: Heads | None) -> list[Head]:
 
 def _fill(
     model: Model,
-    prompts: Sequence[Prompt],
+    prompts: Prompts,
     table: HeadTable,
-    heads: Sequence[Head],
+    heads: list[Head],
     which: Iterable[int],
-    tokens: int | None,
+    tokens: int | None = None,
     path: str | Path | None = None,
 ) -> None:
     """Write the scores of `heads` on the prompts `which` into the table, where they are missing."""
@@ -265,12 +266,7 @@ def _fill(
 
 
 def _compute_once(
-    model: Model,
-    prompts: Sequence[Prompt],
-    heads: Sequence[Head],
-    alpha: float,
-    tokens: int,
-    check: bool,
+    model: Model, prompts: Prompts, heads: list[Head], alpha: float, tokens: int, check: bool
 ) -> tuple[Tensor, Tensor] | None:
     """As `_one_by_one`, with less work; None where layers exchange more than hidden states.
 
@@ -311,9 +307,7 @@ def _shared_out(batches: list[list[int]], table: HeadTable) -> Iterator[list[lis
 # --- the screen --------------------------------------------------------------------------------
 
 
-def bias_slopes(
-    model: Model, prompts: Sequence[Prompt], *, alpha: float = 0.01, batch: int = 16
-) -> Tensor:
+def bias_slopes(model: Model, prompts: Prompts, *, alpha: float = 0.01, batch: int = 16) -> Tensor:
     """First-order guess of what steering each head does to each score: (N,L,H), nats.
 
     Steering adds s log(alpha) to a head's scores outside the spans, s from 0 to 1. One backward
@@ -324,12 +318,7 @@ def bias_slopes(
 
 
 def screen_heads(
-    model: Model,
-    prompts: Sequence[Prompt],
-    *,
-    keep: int = 4,
-    alpha: float = 0.01,
-    tokens: int | None = None,
+    model: Model, prompts: Prompts, *, keep: int = 4, alpha: float = 0.01
 ) -> HeadTable:
     """The best `keep` heads, probably: slopes on a quarter of the prompts, then halving.
 
@@ -348,7 +337,7 @@ def screen_heads(
     halvings = (len(candidates) // finalists).bit_length() - 1
     for halving in reversed(range(halvings + 1)):
         until = max(1, N >> halving)
-        _fill(model, prompts, table, sorted(candidates), order[scored:until], tokens)
+        _fill(model, prompts, table, sorted(candidates), order[scored:until])
         best = rank(table.scores[order[:until]].mean(0))  # only candidates have no NaN there
         candidates, scored = best[: max(finalists, len(candidates) // 2)], until
     return table

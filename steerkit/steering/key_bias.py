@@ -47,15 +47,12 @@ def key_bias(
     Keys after the prompt get 0.
     """
     calls = hook.trace_attention(model)
-    chosen = heads_by_layer(model, heads)
     prompt = PromptState(spans, inside, outside)
-    # Without a bias every layer keeps its stock call, so that the result is bit-equal.
-    chosen = chosen if inside or outside else {}
     # All layers get an edit, so that a second `with` is refused whichever heads it steers.
     edits = {call.module: AttentionCall.attend for call in calls}
-    for layer, indices in chosen.items():
-        call = calls[layer]
-        edits[call.module] = _biased(prompt, call, indices, strength)
+    for layer, indices in heads_by_layer(model, heads).items():
+        if inside or outside:  # without a bias the stock call stays: the result is bit-equal
+            edits[calls[layer].module] = _biased(prompt, calls[layer], indices, strength)
     with (
         hook.use_attention_function(model),
         hook.attach_to_modules(edits),
@@ -101,10 +98,13 @@ class PromptState:
     def __init__(self, spans: Spans, inside: float, outside: float) -> None:
         self.spans, self.length_known = span_mask(spans)  # (B,T)
         self.inside, self.outside = inside, outside
-        T = self.spans.shape[1]
-        self.bias = self._bias_of_prompt(T) if self.length_known else None  # (B,P)
         self.total = 0  # keys in the cache after the running forward, or the last one
-        self.current: dict[tuple[Any, ...], Tensor] = {}  # all layers of a forward share its bias
+        self._set_prompt(self.spans.shape[1])
+
+    def _set_prompt(self, P: int) -> None:
+        spans = F.pad(self.spans, (0, P - self.spans.shape[1]))
+        self.bias = torch.where(spans, self.inside, self.outside)  # (B,P) float32
+        self.padded: dict[tuple[int, torch.device], Tensor] = {}  # `bias`, then 0: (B,K) or wider
 
     def begin_forward(self, seen: int, batch: int, new: int, attention_mask: object) -> None:
         """Go to the next state; ValueError for a prompt that does not fit the spans."""
@@ -117,37 +117,24 @@ class PromptState:
         if self.length_known:
             if total < T and seen and new == 1:  # decoding, before the mask ends
                 raise ValueError(_mismatch(T, seen))
-        else:
-            self._find_end(seen, total)
-        if seen < T:
-            self._refuse_padding(attention_mask, batch // B)
-        self.total = total
-        self.current.clear()
-
-    def _find_end(self, seen: int, total: int) -> None:
-        T = self.spans.shape[1]
-        if total < T:
+        elif total < T:
             raise ValueError(
                 f"a span ends at token {T}, past the end of a prompt of {total} tokens (a prompt "
                 "that comes in chunks takes its spans as a bool mask (B, T))"
             )
-        if self.bias is None or seen < T:
-            self.bias = self._bias_of_prompt(total)
+        elif self.total == 0 or seen < T:
+            self._set_prompt(total)
         elif seen != self.total:
             raise ValueError(
                 f"the cache holds {seen} keys, not the {self.total} read so far (assisted "
                 "decoding, a cache used twice), so where the prompt ends is unclear: give the "
                 "spans as a bool mask (B, T)"
             )
+        if seen < T and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            self._refuse_padding(attention_mask[:: batch // B, :T].bool().cpu())
+        self.total = total
 
-    def _bias_of_prompt(self, P: int) -> Tensor:
-        spans = F.pad(self.spans, (0, P - self.spans.shape[1]))
-        return torch.where(spans, self.inside, self.outside)  # (B,P) float32
-
-    def _refuse_padding(self, attention_mask: object, repeats: int) -> None:
-        if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-            return
-        real = attention_mask[::repeats, : self.spans.shape[1]].bool().cpu()
+    def _refuse_padding(self, real: Tensor) -> None:
         covered = self.spans[:, : real.shape[1]] & ~real
         if rows := covered.any(dim=1).nonzero().flatten().tolist():
             raise ValueError(
@@ -163,15 +150,14 @@ class PromptState:
 
     def bias_of(self, call: AttentionCall) -> Tensor:
         """What is added to each key of this call: (B,K) float32."""
-        (B, _, Q, _), K = call.query.shape, call.key.shape[2]
-        key = (B, Q, K, call.key.device)
-        if key not in self.current:
-            assert self.bias is not None  # begin_forward came first
-            first_key = max(0, self.total - K)  # a sliding window has dropped those before it
-            bias = self.bias.to(call.key.device).repeat_interleave(B // len(self.bias), dim=0)
-            bias = bias[:, first_key : first_key + K]
-            self.current[key] = F.pad(bias, (0, K - bias.shape[1]))
-        return self.current[key]
+        (B, K), device = (call.query.shape[0], call.key.shape[2]), call.key.device
+        end = max(self.total, K)
+        bias = self.padded.get((B, device))
+        if bias is None or bias.shape[1] < end:
+            bias = self.bias.to(device).repeat_interleave(B // len(self.bias), dim=0)
+            bias = F.pad(bias, (0, max(0, end + 256 - bias.shape[1])))  # for the next tokens, too
+            self.padded[B, device] = bias
+        return bias[:, end - K : end]  # a sliding window has dropped the first keys
 
 
 def _mismatch(T: int, length: int) -> str:
@@ -192,16 +178,12 @@ def track_prompt(model: Model, prompt: PromptState) -> Iterator[None]:
         seen = 0 if cache is None else int(cache.get_seq_length())
         prompt.begin_forward(seen, *tokens.shape[:2], inputs.get("attention_mask"))
 
-    handles = [
+    with (
         decoder.register_forward_pre_hook(before, with_kwargs=True),
         # Before the hooks of the cache itself, whose complaint would say less.
         model.register_forward_pre_hook(_refuse_eviction, with_kwargs=True, prepend=True),
-    ]
-    try:
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _refuse_eviction(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

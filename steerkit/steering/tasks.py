@@ -31,6 +31,7 @@ Steer = Callable[[Model, object], AbstractContextManager]
 
 
 Messages = tuple[Message, ...]
+_BATCH = 64  # prompts in one forward
 
 
 class Example(NamedTuple):
@@ -52,6 +53,7 @@ class Example(NamedTuple):
     source: str = ""
 
 
+Examples = Sequence[Example]
 Metric = Callable[[str, Example], float]
 
 
@@ -159,15 +161,15 @@ def fluency(reply: str) -> float:
 
 def consistency(replies: Sequence[str], references: Sequence[str]) -> list[float]:
     """Cosine of tf-idf word vectors of each reply and its reference, idf over the references."""
-    counts = [Counter(_words(text)) for text in references]
-    frequency = Counter(word for bag in counts for word in bag)
+    frequency = Counter(word for text in references for word in set(_words(text)))
     n = 1 + len(references)
 
-    def vector(bag: Counter[str]) -> dict[str, float]:
-        return {w: count * (math.log(n / (1 + frequency[w])) + 1) for w, count in bag.items()}
+    def vector(text: str) -> dict[str, float]:
+        counts = Counter(_words(text))
+        return {w: count * (math.log(n / (1 + frequency[w])) + 1) for w, count in counts.items()}
 
-    pairs = zip(replies, counts, strict=True)
-    return [_cosine(vector(Counter(_words(text))), vector(bag)) for text, bag in pairs]
+    pairs = zip(replies, references, strict=True)
+    return [_cosine(vector(text), vector(reference)) for text, reference in pairs]
 
 
 _PRONOUNS = {"she", "he", "her", "him", "hers", "his", "herself", "himself"}
@@ -234,24 +236,24 @@ def marked(example: Example, mark: str = "*") -> Example:
     return _each(example, change)._replace(span=f"{mark}{example.span}{mark}")
 
 
-def few_shot(example: Example, shots: Sequence[Example]) -> Example:
+def few_shot(example: Example, shots: Examples) -> Example:
     """`shots` with their right answers as earlier exchanges; a system message of theirs opens
     their own first message, so that each shot shows its instruction."""
     history: list[Message] = []
     for shot in shots:
-        system, (first, *rest) = _split_system(shot.messages)
-        instruction = "".join(f"{m.content} " for m in system)
-        first = first._replace(content=instruction + first.content)
+        system = "".join(f"{m.content} " for m in shot.messages if m.role == "system")
+        first, *rest = (m for m in shot.messages if m.role != "system")
+        first = first._replace(content=system + first.content)
         history += [first, *rest, Message("assistant", shot.answer)]
 
     def change(messages: Messages) -> Messages:
-        system, rest = _split_system(messages)
-        return (*system, *history, *rest)
+        systems = sum(m.role == "system" for m in messages)  # they come first
+        return (*messages[:systems], *history, *messages[systems:])
 
     return _each(example, change)
 
 
-def prompted(examples: Sequence[Example], shots: Sequence[Example]) -> dict[str, list[Example]]:
+def prompted(examples: Examples, shots: Examples) -> dict[str, list[Example]]:
     """The examples by how they are asked, as in the paper's tables: no model is touched."""
     return {
         "zero-shot": list(examples),
@@ -267,12 +269,6 @@ def _each(example: Example, change: Callable[[Messages], Messages]) -> Example:
     return example._replace(messages=change(example.messages), paraphrases=paraphrases)
 
 
-def _split_system(messages: Messages) -> tuple[list[Message], list[Message]]:
-    """System messages, and the others."""
-    system = [m for m in messages if m.role == "system"]
-    return system, [m for m in messages if m.role != "system"]
-
-
 # --- a model on examples -----------------------------------------------------------------------
 
 
@@ -280,17 +276,15 @@ def evaluate(
     model: Model,
     tokenizer: Tokenizer,
     task: Task,
-    examples: Sequence[Example],
+    examples: Examples,
     *,
     steer: Steer | None = None,
     max_new_tokens: int = 48,
-    batch: int = 64,
     probabilities: bool = True,
 ) -> dict[str, Tensor]:
     """All scores of greedy replies, (n,) each: "strict", the paper's, "kept", "fluency" (bits),
     "consistency". Without `probabilities` those that compare candidates are left out."""
-    options = {"max_new_tokens": max_new_tokens, "batch": batch}
-    replies = generate(model, tokenizer, examples, steer=steer, **options)
+    replies = generate(model, tokenizer, examples, steer=steer, max_new_tokens=max_new_tokens)
     pairs = list(zip(replies, examples, strict=True))
     metrics: dict[str, Metric] = {"strict": task.strict, **task.paper, "kept": kept}
     scores = {name: [metric(r, e) for r, e in pairs] for name, metric in metrics.items()}
@@ -298,52 +292,46 @@ def evaluate(
     scores["consistency"] = consistency(replies, [e.answer or e.source for e in examples])
     measured = {name: torch.tensor(values) for name, values in scores.items()}
     for name, paraphrased in task.compare.items() if probabilities else ():
-        options = {"paraphrased": paraphrased, "steer": steer, "batch": batch}
-        measured[name] = compare(model, tokenizer, examples, **options)
+        measured[name] = compare(model, tokenizer, examples, paraphrased=paraphrased, steer=steer)
     return measured
 
 
 def generate(
     model: Model,
     tokenizer: Tokenizer,
-    examples: Sequence[Example],
+    examples: Examples,
     *,
     steer: Steer | None = None,
     max_new_tokens: int = 48,
-    batch: int = 64,
 ) -> list[str]:
     """The greedy reply to each example, steered towards its span."""
     prompts = [_prompt(tokenizer, e) for e in examples]
     spans = [[_span(tokenizer, e)] for e in examples] if steer else []
     context = (lambda padded: steer(model, padded.move(spans))) if steer else None
-    options = {"max_new_tokens": max_new_tokens, "batch": batch}
-    replies = reply(model, tokenizer, prompts, steer=context, **options)
+    replies = reply(model, tokenizer, prompts, steer=context, max_new_tokens=max_new_tokens)
     return [text.strip() for text in replies]
 
 
 def compare(
     model: Model,
     tokenizer: Tokenizer,
-    examples: Sequence[Example],
+    examples: Examples,
     *,
     paraphrased: bool = False,
     steer: Steer | None = None,
-    batch: int = 64,
 ) -> Tensor:
     """Is the value the most probable of the candidates where the answer states it? (n,) of 0..1.
 
     By the candidates' first tokens, after the answer's words before the value. ES of PASTA's
     CounterFact; `paraphrased` its PS, a mean over the paraphrases; on BiasBios its accuracy.
     """
-    forms = [list(e.paraphrases) if paraphrased else [e.messages] for e in examples]
-    if not all(forms):
-        raise ValueError("an example has no paraphrases to compare its candidates on")
+    forms = [e.paraphrases if paraphrased else (e.messages,) for e in examples]
     single = [
         e._replace(messages=form) for e, each in zip(examples, forms, strict=True) for form in each
     ]
     ids = [prompt_ids(tokenizer, _prompt(tokenizer, e)) for e in single]
     preferred = torch.zeros(len(single))
-    for padded in batches(tokenizer, ids, batch):
+    for padded in batches(tokenizer, ids, _BATCH):
         chosen = [single[i] for i in padded.indices]
         preferred[padded.indices] = _preferred(model, tokenizer, chosen, padded, steer)
     return torch.stack([part.mean() for part in preferred.split([len(each) for each in forms])])
@@ -351,71 +339,56 @@ def compare(
 
 @torch.no_grad()
 def _preferred(
-    model: Model,
-    tokenizer: Tokenizer,
-    examples: Sequence[Example],
-    prompts: Batch,
-    steer: Steer | None,
+    model: Model, tokenizer: Tokenizer, examples: Examples, prompts: Batch, steer: Steer | None
 ) -> Tensor:
     """1 where the value's first token has the largest logit of all candidates': (B,).
 
     One forward over the prompts, padded on the left, and the answers up to the value, padded on the
     right. So all prompts end at the same token, and what follows is treated as generated.
     """
-    texts = [e.answer[: e.answer.rindex(e.value)].rstrip() for e in examples]
-    before = [torch.tensor(_plain_ids(tokenizer, x), dtype=torch.long) for x in texts]
-    after = pad_sequence(before, batch_first=True)
-    real = pad_sequence([torch.ones_like(x) for x in before], batch_first=True)
+    said = [e.answer[: e.answer.rindex(e.value)] for e in examples]
+    before = [torch.tensor(_plain_ids(tokenizer, x.rstrip()), dtype=torch.long) for x in said]
+    after = pad_sequence(before, batch_first=True, padding_value=-1)
     ids = prompts.inputs["input_ids"]
-    mask = torch.cat([prompts.inputs["attention_mask"], real], dim=1)
-    inputs = {
-        "input_ids": torch.cat([ids, after], dim=1),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
-    }
-    inputs = {name: x.to(model.device) for name, x in inputs.items()}
-    context = nullcontext()
-    if steer:
-        spans = torch.zeros_like(ids, dtype=torch.bool)  # a mask, which ends with the prompt
-        for row, (e, padding) in enumerate(zip(examples, prompts.padding, strict=True)):
-            start, end = _span(tokenizer, e)
-            spans[row, padding + start : padding + end] = True
-        context = steer(model, spans)
-    with context:
-        logits = model(**inputs, use_cache=False, logits_to_keep=after.shape[1] + 1).logits.cpu()
+    mask = torch.cat([prompts.inputs["attention_mask"], after >= 0], dim=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    inputs = {"attention_mask": mask.to(model.device), "position_ids": positions.to(model.device)}
+    spans = torch.zeros_like(ids, dtype=torch.bool)  # a mask, which ends with the prompt
+    for row, (e, padding) in enumerate(zip(examples, prompts.padding, strict=True)):
+        start, end = _span(tokenizer, e)
+        spans[row, padding + start : padding + end] = True
+
+    whole = torch.cat([ids, after.clamp(min=0)], dim=1).to(model.device)
+    with steer(model, spans) if steer else nullcontext():
+        logits = model(whole, **inputs, use_cache=False, logits_to_keep=after.shape[1] + 1).logits
     preferred = torch.zeros(len(examples))
-    for row, e in enumerate(examples):
-        first = [_first_token(tokenizer, e, candidate) for candidate in e.candidates]
+    for row, (e, text) in enumerate(zip(examples, said, strict=True)):
+        space = " " if not text or text[-1].isspace() else ""
+        first = [_plain_ids(tokenizer, space + word)[0] for word in e.candidates]
         best = int(logits[row, len(before[row]), first].argmax())
         preferred[row] = e.candidates[best] == e.value
     return preferred
 
 
-def _first_token(tokenizer: Tokenizer, example: Example, word: str) -> int:
-    at = example.answer.rindex(example.value)
-    space = " " if at == 0 or example.answer[at - 1].isspace() else ""
-    return _plain_ids(tokenizer, space + word)[0]
-
-
 # --- examples as token ids ---------------------------------------------------------------------
 
 
-def to_prompts(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[Prompt]:
+def to_prompts(tokenizer: Tokenizer, examples: Examples) -> list[Prompt]:
     """What the head search scores: the prompt's ids, its span, the right answer's ids."""
-    return [_to_prompt(tokenizer, example) for example in examples]
-
-
-def _to_prompt(tokenizer: Tokenizer, example: Example) -> Prompt:
-    if not example.answer.strip():
-        raise ValueError(
-            f"example without answer ({example.messages[-1].content[:60]!r}): the score of a head "
-            "is the answer's log-probability; give one"
-        )
-    answer, end = f" {example.answer}", []  # a text that goes on
-    if tokenizer.chat_template:
-        answer, end = example.answer, [tokenizer.eos_token_id]
-    ids, span = prompt_ids(tokenizer, _prompt(tokenizer, example)), _span(tokenizer, example)
-    return Prompt(ids, [span], [*_plain_ids(tokenizer, answer), *end])
+    prompts = []
+    for e in examples:
+        if not e.answer.strip():
+            raise ValueError(
+                f"example without answer ({e.messages[-1].content[:60]!r}): the score of a head is "
+                "the answer's log-probability; give one"
+            )
+        answer, end = f" {e.answer}", []  # a text that goes on
+        if tokenizer.chat_template:
+            answer, end = e.answer, [tokenizer.eos_token_id]
+        ids = prompt_ids(tokenizer, _prompt(tokenizer, e))
+        answer_ids = [*_plain_ids(tokenizer, answer), *end]
+        prompts.append(Prompt(ids, [_span(tokenizer, e)], answer_ids))
+    return prompts
 
 
 def _prompt(tokenizer: Tokenizer, example: Example) -> str | Messages:
