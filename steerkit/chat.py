@@ -83,7 +83,7 @@ def dialogue_ids(tokenizer: Tokenizer, dialogue: Dialogue) -> list[int]:
     return prompt_ids(tokenizer, dialogue, opened=False)
 
 
-def template_pieces(tokenizer: Tokenizer, dialogue: Dialogue, *, opened: bool = True) -> list[str]:
+def template_pieces(tokenizer: Tokenizer, dialogue: Dialogue) -> list[str]:
     """What the chat template writes around the contents: n messages -> n + 1 texts.
 
     Read off the template itself, which renders the dialogue with a placeholder for each content.
@@ -91,7 +91,7 @@ def template_pieces(tokenizer: Tokenizer, dialogue: Dialogue, *, opened: bool = 
     """
     # Characters for private use, which no template writes, around the message's number.
     marked = [m._replace(content=f"\ue000{n}\ue001") for n, m in enumerate(as_messages(dialogue))]
-    parts = re.split("\ue000([0-9]+)\ue001", prompt_text(tokenizer, marked, opened=opened))
+    parts = re.split("\ue000([0-9]+)\ue001", prompt_text(tokenizer, marked))
     shown = parts[1::2]
     if shown != [str(n) for n in range(len(marked))]:
         raise ValueError(
@@ -263,7 +263,7 @@ class BatchedChat:
         sliding = any(getattr(layer, "is_sliding", False) for layer in self.cache.layers)
         if sliding or len(self.cached) != len(prompts):
             self.start(len(prompts))
-        unread = [self._mask_and_rest(i, ids) for i, ids in enumerate(prompts)]
+        unread = [self._unread(i, ids) for i, ids in enumerate(prompts)]
         block = pad_left(self.tokenizer, unread, range(len(unread))).inputs
         placeholders = torch.zeros_like(self.mask)  # generate() reads these from the cache
         inputs = torch.cat([placeholders, block["input_ids"]], 1)  # (B, K + unread)
@@ -293,8 +293,8 @@ class BatchedChat:
         ]
         return self.tokenizer.batch_decode(texts, skip_special_tokens=True)
 
-    def _mask_and_rest(self, i: int, ids: list[int]) -> list[int]:
-        """The tokens of a prompt from where it differs from what is cached, which is masked."""
+    def _unread(self, i: int, ids: list[int]) -> list[int]:
+        """The tokens of dialogue i that the cache lacks; cached tokens that differ are masked."""
         # The last token is read again in any case: its logits begin the reply.
         pairs = zip(self.cached[i], ids[:-1], strict=False)
         same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
