@@ -23,11 +23,9 @@ def rotate(x: Tensor, positions: Tensor, rotary: nn.Module) -> Tensor:
 
 
 class Oracle:
-    """Next-token logits of a stream under S sinks and R recent keys (None: no eviction)."""
+    """Next-token logits of a stream under S sinks and R recent keys."""
 
-    def __init__(
-        self, model: nn.Module, sinks: int, window: int | None, *, clamp: bool = True
-    ) -> None:
+    def __init__(self, model: nn.Module, sinks: int, window: int, *, clamp: bool = True) -> None:
         self.model, self.S, self.R, self.clamp = copy.deepcopy(model), sinks, window, clamp
         self.rotary = next(m for m in model.modules() if hasattr(m, "inv_freq"))
         self.store: dict[nn.Module, list[Tensor]] = {}
@@ -40,15 +38,13 @@ class Oracle:
         keys, values = self.store.get(module, [key[:, :, :0], value[:, :, :0]])
         keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
         slots = torch.arange(keys.shape[2])
-        if (
-            not self.clamp and self.R is not None and self.t > self.S + self.R
-        ):  # a control: true distances
+        if not self.clamp and self.t > self.S + self.R:  # a control: true distances
             slots = torch.cat([slots[: self.S], slots[self.S :] + self.t - self.S - self.R])
         k, q = rotate(keys, slots, self.rotary), rotate(query, slots[-1:], self.rotary)
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
         out = ((q @ k.mT) * (scaling or q.shape[-1] ** -0.5)).softmax(-1) @ v
-        if self.R is not None and keys.shape[2] > self.S + self.R:  # trimmed after each forward
+        if keys.shape[2] > self.S + self.R:  # trimmed after each forward
             keys = torch.cat([keys[:, :, : self.S], keys[:, :, -self.R :]], 2)
             values = torch.cat([values[:, :, : self.S], values[:, :, -self.R :]], 2)
         self.store[module] = [keys, values]

@@ -1,6 +1,5 @@
 """Bigram-Backcopy: the task's rules, the readings, and what the shipped runs promise."""
 
-import json
 import runpy
 from dataclasses import replace
 from functools import partial
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 from steerkit import attention_weights, recomputed_losses, token_losses
-from steerkit.files import data_file
 from steerkit.streaming import backcopy
 from steerkit.streaming.backcopy import CACHE, RUNS, Recipe
 
@@ -36,9 +34,6 @@ def test_triggers_never_meet_and_are_as_frequent_as_the_recipe_says() -> None:
     assert not (trigger[:, 1:] & trigger[:, :-1]).any()
     # An idle token is followed by a trigger with probability f, a trigger never: f / (1 + f).
     assert abs(trigger.float().mean() - RECIPE.often / (1 + RECIPE.often)) < 0.01
-    rows = backcopy.chain(RECIPE)
-    assert torch.allclose(rows[:, : RECIPE.triggers].sum(-1), torch.tensor(0.25).double())
-    assert torch.allclose(rows.sum(-1), torch.ones(1).double())
 
 
 def test_best_losses_are_those_of_the_true_probabilities() -> None:
@@ -48,10 +43,6 @@ def test_best_losses_are_those_of_the_true_probabilities() -> None:
         p = backcopy.chain(RECIPE)[ids[b, t], ids[b, t + 1]]
         known = ids[b, t] < RECIPE.triggers
         assert losses[b, t].item() == pytest.approx(0 if known else -p.log().item(), rel=1e-5)
-    rows = backcopy.chain(RECIPE)
-    entropy = torch.special.entr(rows).sum(-1)[ids[:, :-1]]
-    expected = entropy.where(~backcopy.is_trigger(RECIPE, ids[:, :-1]), 0.0).mean()
-    assert losses.mean().item() == pytest.approx(expected.item(), abs=0.1)
 
 
 @pytest.mark.parametrize(
@@ -110,14 +101,6 @@ def test_in_one_layer_window_is_recomputation_and_streaming_is_recomputation_beh
     assert name == "vanilla" or not torch.equal(streaming, window)
 
 
-def test_cache_losses_keep_the_total_and_leave_the_beginning_out() -> None:
-    model, recipe = backcopy.load_run("learnable sink")
-    ids = backcopy.held_out(recipe, 2, 200)
-    losses = backcopy.cache_losses(model, ids, (0, 2))
-    expected = token_losses(model, ids, sinks=2, window=62)[:, 128:].mean(-1)
-    assert losses.shape == (2, 2) and torch.allclose(losses[1], expected)
-
-
 def test_measure_splits_its_losses_by_the_token_that_predicts() -> None:
     model, recipe = backcopy.load_run("40 triggers")
     ids = backcopy.held_out(recipe, 4, 320)
@@ -127,6 +110,7 @@ def test_measure_splits_its_losses_by_the_token_that_predicts() -> None:
     best = backcopy.best_losses(recipe, ids)[:, 128:].mean().item()
     parts = share * numbers["after triggers"] + (1 - share) * numbers["idle, above best"]
     assert parts == pytest.approx(losses.mean().item() - best, abs=1e-4)
+    assert backcopy.cache_losses(model, ids, (1,)).mean().item() == numbers["streaming"]
     assert numbers["after triggers"] < 1.5 and numbers["streaming"] == losses.mean().item()
 
 
@@ -152,18 +136,6 @@ def test_the_zero_sink_is_part_of_its_model() -> None:
     without = token_losses(model, ids).mean()
     with backcopy.architecture(recipe, model):
         assert token_losses(model, ids).mean() < without - 0.3
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_the_stored_log_is_the_stored_models(name: str) -> None:
-    model, recipe = backcopy.load_run(name, 2)
-    log = data_file(f"backcopy/{name.replace(' ', '_')}-seed2/log.jsonl").read_text().splitlines()
-    steps = [json.loads(line)["step"] for line in log]
-    assert steps == list(range(50, recipe.steps + 1, 50))
-    with backcopy.architecture(recipe, model), torch.no_grad():
-        batches = [backcopy.batch(recipe, step) for step in range(596, 600)]
-        losses = [backcopy.next_token_loss(model, batch).item() for batch in batches]
-    assert sum(losses) / 4 == pytest.approx(json.loads(log[-1])["loss"], abs=0.15)
 
 
 # Training

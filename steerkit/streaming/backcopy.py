@@ -28,8 +28,6 @@ CACHE = 64  # tokens; training sequences are as long as a full cache and the cur
 BATCH, WARMUP = 64, 50
 ARMS = ("vanilla", "common first token", "zero sink", "learnable sink")
 SNAPSHOTS = (50, 100, 150, 200, 300, 400)
-# Seed of the held-out data, far above those of the training steps: s * 10**6 and on for seed s.
-_HELD_OUT = 10**9
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,8 @@ def batch(recipe: Recipe, step: int) -> Tensor:
 
 def held_out(recipe: Recipe, B: int, T: int) -> Tensor:
     """Streams (B,T) that no training saw; the same crops for every arm of a task."""
-    return sequences(recipe, B, T, seed=_HELD_OUT)
+    # The training with seed s draws its batches from s * 10**6 and on.
+    return sequences(recipe, B, T, seed=10**9)
 
 
 def best_losses(recipe: Recipe, ids: Tensor) -> Tensor:
@@ -146,11 +145,8 @@ def new_model(recipe: Recipe) -> LlamaForCausalLM:
         intermediate_size=recipe.inner,
         num_hidden_layers=1,
         num_attention_heads=1,
-        num_key_value_heads=1,
         max_position_embeddings=CACHE + 1,
         tie_word_embeddings=True,
-        bos_token_id=recipe.tokens,
-        eos_token_id=None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)

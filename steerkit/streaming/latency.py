@@ -44,8 +44,7 @@ def decode_pace(model: PreTrainedModel, *, cache: int, repeats: int = 15) -> dic
     that of this length. Re-computation reads the last `cache` tokens anew.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocabulary, (1, cache), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(model.device)
+    ids = (torch.arange(cache, device=model.device) % vocabulary)[None]
     streaming = SinkCache(model, sinks=4, window=cache - 4)
     dense = DynamicCache(config=model.config)
     for past in (streaming, dense):

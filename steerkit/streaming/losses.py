@@ -100,8 +100,6 @@ def recomputed_losses(
     """
     check_ids(model, ids)
     T = ids.shape[1]
-    if length < 1:
-        raise ValueError(f"length={length}: expected a window of at least 1 token")
     at = torch.arange(T - 1) if positions is None else torch.as_tensor(positions, dtype=torch.long)
     if at.ndim != 1 or not len(at) or at.min() < 0 or at.max() >= T - 1:
         raise ValueError(
