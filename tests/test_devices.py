@@ -87,9 +87,6 @@ NUMBERS: dict[str, Step] = {
     "spotlight": steered(relatives.spotlight),
     "split softmax": steered(relatives.split_softmax, exponent=0.5),
     "attention map": lambda m, _, ids: maps.attention_map(m, ids, bins=16),
-    "mean map of some heads": lambda m, _, ids: maps.attention_map(
-        m, ids, bins=16, reduce="mean", heads=SOME
-    ),
     "span share": lambda m, _, ids: maps.span_share(m, ids, [SPAN]),
     "mass on a key": lambda m, _, ids: record.mean_weight_on_key(m, ids, k=0),
     "value norms": lambda m, _, ids: record.value_norms(m, ids).log(),

@@ -21,7 +21,7 @@ from steerkit.attention.hook import (
     use_attention_function,
 )
 from steerkit.attention.maps import attention_map, attention_received, span_attention, span_share
-from steerkit.attention.record import WeightChunk, attention_weights, record_weights
+from steerkit.attention.record import attention_weights
 from steerkit.steering.other_methods import spotlight
 from steerkit.steering.pasta import emphasise
 
@@ -153,15 +153,6 @@ def test_what_an_edit_asks_for_itself_is_not_recorded(llama: Model) -> None:
     psi = plain[0, :, 41:]  # of the first layer, which reads the same hidden states
     wanted = torch.where(psi < 0.6, 0.6 / (0.6 + 1 - psi), psi)
     torch.testing.assert_close(share[0, :, 41:], wanted, atol=1e-5, rtol=1e-4)
-
-
-def test_a_recording_inside_a_recording_is_refused(llama: Model) -> None:
-    def nested(chunk: WeightChunk) -> None:
-        attention_map(llama, tokens(1, T), bins=2)
-
-    with pytest.raises(ValueError, match="already attached"):
-        record_weights(llama, tokens(1, T), nested)
-    assert state_of(llama) == ("sdpa", [])
 
 
 # Memory

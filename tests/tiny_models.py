@@ -1,25 +1,7 @@
 """Tiny random checkpoints of many architectures, built from their configs."""
 
-from collections.abc import Callable
-
 import torch
-from transformers import (
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTJConfig,
-    GPTNeoXConfig,
-    GptOssConfig,
-    LlamaConfig,
-    MistralConfig,
-    Olmo2Config,
-    Phi3Config,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-    SmolLM3Config,
-)
+from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 V = 96
@@ -39,28 +21,28 @@ _OLD = {key: SIZE[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")
 _NEOX = {key: SIZE[key] for key in SIZE if key not in ("num_key_value_heads", "head_dim")}
 _GPT2 = _OLD | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 
-CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**SIZE),
-    "mistral": lambda: MistralConfig(**SIZE, sliding_window=64),
-    "qwen2": lambda: Qwen2Config(**SIZE),
-    "qwen3": lambda: Qwen3Config(**SIZE),
-    "gemma2": lambda: Gemma2Config(**SIZE, sliding_window=64),
-    "gemma3": lambda: Gemma3TextConfig(
-        **SIZE, sliding_window=64, layer_types=["sliding_attention", "full_attention"]
-    ),
-    "phi3": lambda: Phi3Config(**SIZE),
-    "gpt_neox": lambda: GPTNeoXConfig(**_NEOX, rotary_pct=0.25),
-    "gpt2": lambda: GPT2Config(**_GPT2),
-    "olmo2": lambda: Olmo2Config(**SIZE),
-    "smollm3": lambda: SmolLM3Config(**SIZE, no_rope_layers=[1, 0]),
-    "gpt_oss": lambda: GptOssConfig(**SIZE, num_local_experts=2, num_experts_per_tok=1),
-    "gptj": lambda: GPTJConfig(**_GPT2, rotary_dim=4),
+LAYER_TYPES = ["sliding_attention", "full_attention"]
+CONFIGS: dict[str, dict[str, object]] = {
+    "llama": SIZE,
+    "mistral": SIZE | {"sliding_window": 64},
+    "qwen2": SIZE,
+    "qwen3": SIZE,
+    "gemma2": SIZE | {"sliding_window": 64},
+    "gemma3": SIZE | {"sliding_window": 64, "layer_types": LAYER_TYPES},
+    "phi3": SIZE,
+    "gpt_neox": _NEOX | {"rotary_pct": 0.25},
+    "gpt2": _GPT2,
+    "olmo2": SIZE,
+    "smollm3": SIZE | {"no_rope_layers": [1, 0]},
+    "gpt_oss": SIZE | {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "gptj": _GPT2 | {"rotary_dim": 4},
 }
 
 
 def tiny(name: str, *, seed: int = 0, sharpen: float = 4.0, **changes: object) -> PreTrainedModel:
     """A random model in eval mode; `sharpen` scales matrices: attention far from uniform."""
-    config = CONFIGS[name]()
+    model_type = {"gemma3": "gemma3_text"}.get(name, name)
+    config = AutoConfig.for_model(model_type, **CONFIGS[name])
     for key, value in changes.items():
         setattr(config, key, value)
     torch.manual_seed(seed)
