@@ -287,9 +287,8 @@ def test_notebook_01_runs_on_a_model_directory(tiny, tmp_path):
     """The path of the gpu profile, with random weights: real constraints, and a chat template whose
     system text is replaced; nothing stored is read."""
     tokenizer, hub = deepcopy(tiny[1]), tmp_path / "hub"
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"}
-    )
+    names = {"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"}
+    tokenizer.add_special_tokens(names)
     system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     tokenizer.chat_template = system + CHATML
     small_model(tokenizer).save_pretrained(hub)

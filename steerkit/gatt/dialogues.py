@@ -139,7 +139,10 @@ def _sample_batch(
     plans: Sequence[Plan],
     candidates: int,
 ) -> list[Sample]:
-    """`draw` gives one sampled reply to each dialogue; `select` says which of them go on."""
+    """`draw` gives one sampled reply to each dialogue; `select` says which of them go on.
+
+    When a dialogue ends before the others, the cache behind them starts anew: slower, no more.
+    """
     dialogues: list[list[Message]] = [[] for _ in plans]
     for turn, active in user_turns(plans, dialogues, every=True):
         replies = draw([dialogues[i] for i in active for _ in range(candidates)])

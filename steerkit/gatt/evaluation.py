@@ -16,9 +16,6 @@ from tqdm import tqdm
 from steerkit.chat import BatchedChat, Message
 from steerkit.gatt.dialogues import Model, Plan, Tokenizer, user_turns
 
-Forced = Callable[[Plan, int], str]
-Answer = Callable[[Sequence[Sequence[Message]]], list[str]]
-
 
 class Adherence(NamedTuple):
     """Tensors (N, T) of 0/1 and NaN, and the replies that they judge.
@@ -40,7 +37,7 @@ def adherence_by_turn(
     plans: Sequence[Plan],
     *,
     every: bool = False,
-    forced: Forced | None = None,
+    forced: Callable[[Plan, int], str] | None = None,
     probe_turns: Sequence[int] = (),
     max_new_tokens: int = 48,
     batch: int = 64,
@@ -86,7 +83,7 @@ def adherence_by_turn(
 
 
 def _recall(
-    answer: Answer, dialogues: Sequence[tuple[Plan, list[Message]]], turn: int
+    answer: Callable[..., list[str]], dialogues: Sequence[tuple[Plan, list[Message]]], turn: int
 ) -> list[float]:
     """On a fork of each dialogue: does the answer to the recall probe name the value?"""
     constraints = [next((c for c in plan.constraints if c.probe), None) for plan, _ in dialogues]

@@ -19,7 +19,6 @@ from steerkit.tiny.world import answer, fact_question, repeat_question
 PROBE_TURNS = (2, 4, 6, 20)  # Table 30
 DIALOGUES = 160  # sampled for one training
 _FAMILIES = {"world": FAMILIES, "real": tuple(REAL["instructions"])}
-Ask = Callable[[random.Random, Sequence[Constraint]], Question]
 
 
 # What the user asks
@@ -78,12 +77,13 @@ def make_plan(
     *,
     turns: int = 20,
     probes: bool = False,
-    ask: Ask = question_for,
+    ask: Callable[..., Question] = question_for,
 ) -> Plan:
-    """A plan with questions by `ask`; with `probes` it asks for each instruction at a random turn.
+    """A plan with questions by `ask(rng, constraints)`.
 
-    Once only: after that its answer stands in the history, and to copy it is easier than to
-    remember. And rather late, where it is hardest: the chance of a turn grows with its number.
+    With `probes` it asks for each instruction at a random turn. Once only: after that its answer
+    stands in the history, and to copy it is easier than to remember. And rather late, where it is
+    hardest: the chance of a turn grows with its number.
     Without constraints it asks for two that were never stated; the reply must say so.
     """
     questions = [ask(rng, constraints) for _ in range(turns)]
