@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,21 +11,6 @@ import torch
 from steerkit import files, results, statistics
 
 PAPER = json.loads((files.ROOT / "data" / "paper_results.json").read_text(encoding="utf-8"))
-
-
-def save(out: Path, name: str = "window", **changes: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "claim": "window attention collapses",
-        "paper": results.paper_result("streaming.table1.window"),
-        "ours": {"window": 6.5, "streaming": 3.2},
-        "holds": torch.tensor(True),
-        "n": 3,
-        "interval": (3.0, 3.6),
-        "seeds": range(3),
-        "profile": "smoke",
-        "model": "tiny",
-    }
-    return results.save_claim(out, name, **(row | changes))
 
 
 @pytest.mark.parametrize("key", PAPER)
@@ -57,11 +41,15 @@ def test_paper_numbers_are_the_published_ones(key, column, value):
 
 
 def test_a_claim_comes_back_from_disk_as_it_was_saved(tmp_path):
-    row = save(tmp_path / "04_streaming")
-    found = json.loads((tmp_path / "04_streaming" / "window.claim.json").read_text())
+    claim = {"claim": "window attention collapses", "ours": {"window": 6.5}, "interval": (3.0, 3.6)}
+    claim |= {"holds": torch.tensor(True), "n": 3, "seeds": range(3)}
+    claim |= {"profile": "smoke", "model": "tiny"}
+    paper = results.paper_result("streaming.table1.window")
+    row = results.save_claim(tmp_path / "04", "window", paper=paper, **claim)
+    assert row == results.save_claim(tmp_path, "a", paper="streaming.table1.window", **claim)
+    found = json.loads((tmp_path / "04" / "window.claim.json").read_text())
     assert found == row | {"interval": [3.0, 3.6]}
-    assert row == save(tmp_path, paper="streaming.table1.window")  # by its key
-    assert found["holds"] is True and found["seeds"] == [0, 1, 2]
+    assert found["holds"] is True and found["seeds"] == [0, 1, 2] and found["paper"] == paper
     assert found["versions"].keys() == {"python", "steerkit", "torch", "transformers", "numpy"}
 
 
