@@ -104,7 +104,7 @@ def test_differences_are_centred_and_less_is_marked_for_grey(ax: Axes) -> None:
     assert image.get_clim() == (-0.5, 0.5)
     assert min(image.to_rgba(0.0)[:3]) > 0.95
     assert ax.collections[0].get_offsets().tolist() == [[0.0, 1.0]]  # column 0, row 1
-    plots.difference_map(ax, np.zeros((2, 2)), bar=None)
+    plots.difference_map(ax, np.zeros((2, 2)))
     assert ax.images[1].get_clim() == (-1, 1)  # no difference at all is white, too
 
 

@@ -39,10 +39,10 @@ class Rotation(NamedTuple):
         pair, rest = x[..., : 2 * pairs].float(), x[..., 2 * pairs :]
         if self.interleaved:
             a, b = pair[..., 0::2], pair[..., 1::2]
-            rotated = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
         else:
-            a, b = pair[..., :pairs], pair[..., pairs:]
-            rotated = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+            a, b = pair.chunk(2, dim=-1)
+        turned = (a * cos - b * sin, b * cos + a * sin)
+        rotated = torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
         rotated = rotated.to(x.dtype)
         return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
 

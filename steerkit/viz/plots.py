@@ -96,9 +96,7 @@ def heat_map(
     return ax
 
 
-def difference_map(
-    ax: Axes, difference: Any, *, vmax: float | None = None, bar: str | None = "difference"
-) -> Axes:
+def difference_map(ax: Axes, difference: Any, *, vmax: float | None = None) -> Axes:
     """Weights after minus before, (Q, K): blue for more, red with dots for less, white for 0.
 
     Colours run from -vmax to vmax, by default the largest change.
@@ -106,7 +104,7 @@ def difference_map(
     d = _matrix(difference, "(Q, K), one head at a time")
     vmax = vmax or float(np.abs(d).max()) or 1.0
     colours = {"vmin": -vmax, "vmax": vmax, "cmap": "RdBu"}
-    _draw(ax, d, "query position", "key position", bar, **colours)
+    _draw(ax, d, "query position", "key position", "difference", **colours)
     row, column = np.nonzero(d < -vmax / 10)
     ax.scatter(column, row, s=0.15 * (150 / len(d)) ** 2, color="black", linewidths=0)
     return ax
