@@ -150,12 +150,6 @@ def test_half_precision_is_searched_too():
     check_equal_to_naive(model, some_prompts(3), atol=0.05)
 
 
-def test_alpha_one_is_the_baseline(llama):
-    found = score_heads(llama, some_prompts(), alpha=1.0)
-    expected = found.baseline[:, None, None].expand_as(found.scores)
-    torch.testing.assert_close(found.scores, expected, atol=1e-6, rtol=0)
-
-
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_a_sliding_window_that_ends_before_a_span_is_searched_exactly(name):
     model = tiny_models.tiny(name, sliding_window=8)
@@ -336,13 +330,11 @@ def test_heads_for_a_task_come_from_its_table_from_all_or_from_the_others():
 
 def test_the_chance_line_is_the_mean_overlap_of_random_choices():
     assert chance_overlap(1024, 300, 4) == pytest.approx(7.54, abs=0.01)  # LLaMA-7B's 25 heads
-    draws = 300
-    for tasks, k in ((2, 3), (3, 5)):
-        shared = 0
-        for i in range(draws):
-            picks = [set(random_heads(SIZE, k, seed=10 * i + t)) for t in range(tasks)]
-            shared += len(set.intersection(*picks)) / draws
-        assert shared == pytest.approx(chance_overlap(8, k, tasks), abs=0.2)
+    shared, draws = 0, 300
+    for i in range(draws):
+        picks = [set(random_heads(SIZE, 5, seed=10 * i + task)) for task in range(3)]
+        shared += len(set.intersection(*picks)) / draws
+    assert shared == pytest.approx(chance_overlap(8, 5, 3), abs=0.2)
 
 
 def test_random_heads_are_a_control_without_the_chosen_ones():

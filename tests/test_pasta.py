@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from test_attention import SERVED, state_of
 from tiny_models import tiny, tokens
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 from steerkit.attention.hook import AttentionCall, Head, attach, softmax_off_by_one
@@ -204,29 +203,6 @@ def test_the_causal_kernel_and_grouped_queries_stay_and_decode_takes_one_row(
     ]
 
 
-class Largest(TorchDispatchMode):
-    """Numbers in the largest tensor that any operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, Tensor):
-                self.numbers = max(self.numbers, x.numel())
-        return out
-
-
-@torch.no_grad()
-def test_nothing_of_the_size_of_the_weights_is_made(llama: PreTrainedModel) -> None:
-    T = 1024
-    with emphasise(llama, [[(3, 9)]], HEADS), Largest() as largest:
-        llama(tokens(1, T), logits_to_keep=1)
-    assert T * 8 < largest.numbers < T * T / 8
-
-
 @torch.no_grad()
 def test_half_precision_carries_log_alpha_through_prefill() -> None:
     # Keys outside score 13.75, keys inside 0: log(alpha) = -13.78125 balances them. Rounded to one
@@ -296,18 +272,6 @@ def test_beams_equal_a_search_over_literal_forwards(llama: PreTrainedModel) -> N
             ]
         for place in range(2):
             assert torch.equal(made.sequences[2 * row + place], held[place][1])
-
-
-@torch.no_grad()
-def test_samples_of_one_prompt_share_its_spans(llama: PreTrainedModel) -> None:
-    ids, new = tokens(2, 40), NEW | {"do_sample": True, "top_k": 0}
-    padding = torch.ones_like(ids)
-    padding[1, :5] = 0
-    torch.manual_seed(0)
-    with emphasise(llama, SPANS, HEADS):
-        made = llama.generate(ids, attention_mask=padding, num_return_sequences=3, **new)
-    assert len(made.sequences.unique(dim=0)) == 6
-    check_generated(llama, made, factor_of(SPANS, 40, 0.01), padding)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])

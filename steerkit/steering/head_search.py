@@ -207,10 +207,7 @@ def score_heads(
     if path is not None and Path(path).exists():
         earlier = load_table(path)
         if earlier.about != table.about:
-            raise ValueError(
-                f"{path}: a table of {earlier.about}, not of {table.about}; give another file, or "
-                "delete it"
-            )
+            raise ValueError(f"{path}: a table of {earlier.about}, not of {table.about}")
         table = earlier
     _fill(model, prompts, table, _in_order(model, heads), range(len(prompts)), tokens, path)
     return table

@@ -110,10 +110,7 @@ class PromptState:
         """Go to the next state; ValueError for a prompt that does not fit the spans."""
         (B, T), total = self.spans.shape, seen + new
         if batch % B:
-            raise ValueError(
-                f"a batch of {batch} rows, spans for {B} prompts: give spans for each prompt (rows "
-                "that continue the same prompt share them)"
-            )
+            raise ValueError(f"a batch of {batch} rows, spans for {B} prompts: expected as many")
         if self.length_known:
             if total < T and seen and new == 1:  # decoding, before the mask ends
                 raise ValueError(_mismatch(T, seen))

@@ -59,6 +59,4 @@ def log_weights(inside: Tensor, alpha: float) -> Tensor:
 def check_alpha(alpha: float) -> None:
     """ValueError unless 0 < alpha <= 1."""
     if not 0 < alpha <= 1:
-        raise ValueError(
-            f"alpha={alpha}: expected 0 < alpha <= 1 (1 = no steering, 0.01 = the paper's value)"
-        )
+        raise ValueError(f"alpha={alpha}: expected 0 < alpha <= 1 (1 = no steering, paper: 0.01)")

@@ -7,7 +7,7 @@ vocabulary.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -148,8 +148,9 @@ class PromptBatch:
             edits = {self.calls[layer].module: edit_of(switch[layer]) for layer in steered}
             stack.enter_context(hook.attach_to_modules(edits))
             for layer in list(self.outputs)[: min(steered, default=0)]:
-                known = _returning(_repeated(self.outputs[layer], C))
-                stack.enter_context(patch.object(layer, "forward", known))
+                known = _repeated(self.outputs[layer], C)
+                returning = patch.object(layer, "forward", lambda *_, known=known, **__: known)
+                stack.enter_context(returning)
             logits = self.model(ids[:, :-1], **inputs).logits
         return answer_scores(logits, ids[:, -n:], target[:, -n:])
 
@@ -159,10 +160,6 @@ def _decoder_layers(model: Model, calls: Sequence[AttentionCall]) -> list[nn.Mod
     stacks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]
     layers = [layer for stack in stacks for layer in stack]
     return [next(x for x in layers if call.module in list(x.modules())) for call in calls]
-
-
-def _returning(output: Any) -> Callable[..., Any]:
-    return lambda *_, **__: output
 
 
 def _repeated(output: Any, C: int) -> Any:

@@ -378,10 +378,7 @@ def to_prompts(tokenizer: Tokenizer, examples: Examples) -> list[Prompt]:
     prompts = []
     for e in examples:
         if not e.answer.strip():
-            raise ValueError(
-                f"example without answer ({e.messages[-1].content[:60]!r}): the score of a head is "
-                "the answer's log-probability; give one"
-            )
+            raise ValueError(f"an example without answer: {e.messages[-1].content[:60]!r}")
         answer, end = f" {e.answer}", []  # a text that goes on
         if tokenizer.chat_template:
             answer, end = e.answer, [tokenizer.eos_token_id]
