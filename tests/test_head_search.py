@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -173,15 +174,12 @@ def test_a_layer_that_fails_leaves_the_model_as_it_was(monkeypatch):
 
 
 def test_other_metrics_make_tables_too(llama):
-    examples = some_prompts(3)
+    ids, inside, _ = padded(some_prompts(3))
 
+    @torch.no_grad()
     def measure(steer):
-        ids, keep, _ = padded(examples)
-        with torch.no_grad():
-            if steer is None:
-                return llama(ids).logits[:, -1, 0]
-            with steer(llama, keep):
-                return llama(ids, use_cache=False).logits[:, -1, 0]
+        with steer(llama, inside) if steer else nullcontext():
+            return llama(ids, use_cache=False).logits[:, -1, 0]
 
     found = score_heads_by(llama, measure, heads=[(1, 0), (0, 3)])
     assert set(found.ranked()) == {(1, 0), (0, 3)}

@@ -63,13 +63,6 @@ def test_the_right_answer_is_right_by_every_metric_and_an_empty_reply_by_no_stri
 
 
 @EVERY
-def test_a_seed_draws_the_same_examples_and_another_seed_others(name):
-    task = TASKS[name]
-    assert task.examples(5, seed=1) == task.examples(5, seed=1)
-    assert task.examples(5, seed=1) != task.examples(5, seed=2)
-
-
-@EVERY
 def test_profiling_and_test_examples_share_nothing_that_is_asked(name):
     drawn = {s: TASKS[name].examples(200, seed=0, split=s) for s in ("profile", "test")}
     asked = {s: {e.messages[-1].content for e in rows} for s, rows in drawn.items()}
@@ -133,18 +126,20 @@ def test_the_papers_pronoun_metric_rewards_silence_and_the_strict_one_does_not()
     assert pronouns_strict("They are here.", e) == 0  # content lost
 
 
-def test_a_value_is_stated_when_no_rival_is():
-    e = example(candidates=("nurse", "judge"))
-    assert states_value("Ida is a Nurse.", e) == 1
-    assert states_value("Ida is a nurse or a judge.", e) == 0
-    assert states_value("Ida is a nursery.", e) == 0
-
-
-def test_exact_asks_for_the_whole_reply_and_first_words_for_its_beginning():
-    e = example(answer="a nurse")
-    assert (exact("a  nurse", e), exact("a nurse today", e)) == (1, 0)
-    assert (first_words("a nurse today", e), first_words("nurse", e)) == (1, 0)
-    assert first_words("anything", example(answer="")) == 0
+@pytest.mark.parametrize(
+    ("metric", "reply", "score"),
+    [
+        (states_value, "Ida is a Nurse.", 1),
+        (states_value, "Ida is a nurse or a judge.", 0),
+        (states_value, "Ida is a nursery.", 0),
+        (exact, "a  nurse", 1),
+        (exact, "a nurse today", 0),
+        (first_words, "a nurse today", 1),
+        (first_words, "nurse", 0),
+    ],
+)
+def test_short_answers_are_scored(metric, reply, score):
+    assert metric(reply, example(answer="a nurse", candidates=("nurse", "judge"))) == score
 
 
 def test_fluency_is_the_weighted_entropy_of_bigrams_and_trigrams():
