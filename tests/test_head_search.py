@@ -101,7 +101,7 @@ def gemma4():
 
 @pytest.mark.parametrize("config", [granite, gemma4])
 @pytest.mark.parametrize("first", [0, 3])
-def test_layers_that_exchange_more_than_hidden_states_are_searched_naively(config, first):
+def test_scaled_logits_and_shared_keys_get_the_naive_loops_scores(config, first):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config()).eval()
     check_equal_to_naive(model, some_prompts(2, first=first), tokens=1)
