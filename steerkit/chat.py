@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers import BatchEncoding, DynamicCache
-from transformers import PreTrainedModel as Model
-from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from steerkit.models import Model, Tokenizer
 
 # The format of many chat models, without the system text that the templates of some add.
 CHATML = """{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}\

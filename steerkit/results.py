@@ -76,11 +76,4 @@ def _refuse_folders(name: str) -> None:
 def versions() -> dict[str, str]:
     """Python's and the main libraries' versions, as every claim and run record carries them."""
     names = ("steerkit", "torch", "transformers", "numpy")
-    return {"python": platform.python_version()} | {n: _version(n) for n in names}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    return {"python": platform.python_version()} | {n: metadata.version(n) for n in names}

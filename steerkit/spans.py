@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from steerkit.chat import Dialogue, Prompt, as_messages, prompt_text
+from steerkit.models import Tokenizer
 
 Span = tuple[int, int]
 Spans = Tensor | Sequence[Sequence[Span]]

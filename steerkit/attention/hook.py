@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers import PreTrainedModel as Model
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from steerkit.models import Model
 
 ATTENTION_NAME = "steerkit"
 # Keys of a module's `__dict__`. The spaces keep them apart from attributes.
@@ -89,17 +90,17 @@ def steerkit_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer -> (output (B,Q,H,D), None for the weights)."""
     state = module.__dict__
     if _EDIT not in state and _ZERO_SINK not in state and _RECORDER not in state:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
 
     scaling = options.pop("scaling", None) or query.shape[-1] ** -0.5
     recorder = state.get(_RECORDER)
-    call = AttentionCall(module, query, key, value, attention_mask, scaling, options, recorder)
+    call = AttentionCall(module, query, key, value, mask, scaling, options, recorder)
     edit = state.get(_EDIT, AttentionCall.attend)
     return edit(call), None
 

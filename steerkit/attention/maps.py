@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel as Model
 
 from steerkit.attention.hook import Heads, heads_by_layer, layer_and_head_counts
 from steerkit.attention.record import WeightChunk, record_weights
 from steerkit.attention.rope import rope_kinds
 from steerkit.chat import check_ids
+from steerkit.models import Model
 from steerkit.spans import Span, span_mask
 
 # Heat maps

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel as Model
 
 from steerkit.attention.hook import AttentionCall, layer_and_head_counts, record_calls
 from steerkit.chat import check_ids
+from steerkit.models import Model
 
 # Numbers in one chunk of weights. On a CPU 4 MB stay in a core's cache (64 MB took twice the time).
 # Other devices get 16 times as many, because there a launch costs more.

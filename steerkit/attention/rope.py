@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel as Model
 
 from steerkit.attention.hook import AttentionCall, trace_attention
+from steerkit.models import Model
 
 _STEPS = 3  # positions between the two runs: few, so that float32 angles are exact
 

@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel as Model
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from steerkit.chat import BatchedChat, Message, check_template
 from steerkit.constraints import Constraint, Question, check_together
+from steerkit.models import Model, Tokenizer
 
 Row = dict[str, list[dict[str, str]]]
 

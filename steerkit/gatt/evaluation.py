@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from steerkit.chat import BatchedChat, Message
-from steerkit.gatt.dialogues import Model, Plan, Tokenizer, user_turns
+from steerkit.gatt.dialogues import Plan, user_turns
+from steerkit.models import Model, Tokenizer
 
 
 class Adherence(NamedTuple):

@@ -11,14 +11,13 @@ from typing import Any
 import datasets
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from transformers import PreTrainedModel as Model
-from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.trainer import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from steerkit.chat import check_template
 from steerkit.gatt.dialogues import Row
+from steerkit.models import Model, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -139,16 +138,12 @@ def make_trainer(
         "gradient_checkpointing": cuda,
         "dataloader_pin_memory": cuda,
     }
-    lora = LoraConfig(
-        r=settings.rank,
-        lora_alpha=2 * settings.rank,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
+    rank, where = settings.rank, {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, **where) if rank else None
     options = {
         "train_dataset": datasets.Dataset.from_list(list(rows)),
         "processing_class": tokenizer,
-        "peft_config": lora if settings.rank else None,
+        "peft_config": lora,
     }
     if pairs:
         loss = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, settings.sft_weight]}

@@ -11,14 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import nbformat
 from IPython.display import display
+from nbformat import NotebookNode
 
 from steerkit.files import write_text
-
-if TYPE_CHECKING:  # every notebook imports this file for `exercise`: no nbformat, no papermill
-    from nbformat import NotebookNode
 
 TAG = "exercise"
 RIGHT, OPEN = "right", "not done yet"
@@ -54,10 +53,8 @@ def exercise(number: int, *answers: Any) -> Iterator[None]:
     display(_Line(f"Exercise {number}: {OPEN if unsolved else RIGHT}."))
 
 
-def student_copy(notebook: "NotebookNode") -> "NotebookNode":
+def student_copy(notebook: NotebookNode) -> NotebookNode:
     """A copy without solutions, with folded hints; ValueError names a malformed exercise."""
-    from nbformat.v4 import new_markdown_cell
-
     copy = deepcopy(notebook)
     places = [i for i, cell in enumerate(copy.cells) if TAG in cell.metadata.get("tags", [])]
     for number, place in enumerate(places, start=1):
@@ -72,7 +69,7 @@ def student_copy(notebook: "NotebookNode") -> "NotebookNode":
         question.source = question.source.removesuffix(asked[2]) + hint
         code.source, code.outputs, code.execution_count = _stub(answer), [], None
     if places:
-        copy.cells.insert(places[0] - 1, new_markdown_cell(WELCOME, id="your-copy"))
+        copy.cells.insert(places[0] - 1, nbformat.v4.new_markdown_cell(WELCOME, id="your-copy"))
     return copy
 
 
@@ -89,8 +86,6 @@ def _stub(answer: re.Match[str]) -> str:
 def write_copies(notebooks: Sequence[Path], out: Path) -> list[Path]:
     """Write out/student/<name>.ipynb and out/answers/<name>.ipynb; a copy that was edited since
     is not replaced."""
-    import nbformat
-
     texts = {}
     for path in notebooks:
         notebook = nbformat.read(path, as_version=4)
@@ -107,8 +102,6 @@ def write_copies(notebooks: Sequence[Path], out: Path) -> list[Path]:
 def grade(path: Path, profile: str) -> list[str]:
     """Run a copy of a student's notebook, and say of each exercise: right, not done yet,
     wrong: ..., or not reached: ..."""
-    import nbformat
-
     from steerkit.lab import runner
 
     notebook = nbformat.read(path, as_version=4)
@@ -125,11 +118,11 @@ def grade(path: Path, profile: str) -> list[str]:
     return [_state(cell, outcome.error) for cell in _tagged(executed)]
 
 
-def _tagged(notebook: "NotebookNode") -> list["NotebookNode"]:
+def _tagged(notebook: NotebookNode) -> list[NotebookNode]:
     return [cell for cell in notebook.cells if TAG in cell.metadata.get("tags", [])]
 
 
-def _state(cell: "NotebookNode", error: str | None) -> str:
+def _state(cell: NotebookNode, error: str | None) -> str:
     """From an executed exercise's outputs: the block's own line, or what was raised."""
     for output in cell.outputs:
         if output.output_type == "error":

@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel as Model
 
 from steerkit.attention.hook import Head, Heads, heads_by_layer, layer_and_head_counts
 from steerkit.files import write_text
+from steerkit.models import Model
 from steerkit.steering.pasta import check_alpha, emphasise
 from steerkit.steering.scoring import Prompt, PromptBatch, answer_scores, padded
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel as Model
 
 from steerkit.attention import hook
 from steerkit.attention.hook import AttentionCall, Heads, heads_by_layer
+from steerkit.models import Model
 from steerkit.spans import Spans, span_mask
 
 # The fast kernels of accelerators want head sizes that are multiples of 8; a CPU's take any.

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel as Model
 
 from steerkit.attention.hook import AttentionCall, Heads
+from steerkit.models import Model
 from steerkit.spans import Spans
 from steerkit.steering.key_bias import Strength, key_bias, weight_inside
 

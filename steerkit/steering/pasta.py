@@ -13,9 +13,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel as Model
 
 from steerkit.attention.hook import Heads
+from steerkit.models import Model
 from steerkit.spans import Spans
 from steerkit.steering.key_bias import key_bias
 

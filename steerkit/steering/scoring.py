@@ -15,10 +15,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers import PreTrainedModel as Model
 
 from steerkit.attention import hook
 from steerkit.attention.hook import AttentionCall, Head
+from steerkit.models import Model
 from steerkit.steering.key_bias import attend_biased
 from steerkit.steering.pasta import log_weights
 

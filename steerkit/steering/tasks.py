@@ -19,10 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel as Model
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from steerkit.chat import Batch, Message, batches, prompt_ids, reply
+from steerkit.models import Model, Tokenizer
 from steerkit.spans import find_span
 from steerkit.steering.scoring import Prompt
 

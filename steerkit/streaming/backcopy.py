@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedModel as Model
 
 from steerkit.attention.hook import softmax_off_by_one
 from steerkit.attention.record import WeightChunk, record_weights, value_norms
 from steerkit.files import data_file
+from steerkit.models import Model
 from steerkit.streaming.losses import recomputed_losses, token_losses
 
 CACHE = 64  # tokens; training sequences are as long as a full cache and the current token

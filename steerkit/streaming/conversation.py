@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel as Model
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from steerkit.chat import Message, prompt_text, stop_ids, template_pieces
+from steerkit.models import Model, Tokenizer
 from steerkit.streaming.losses import last_only
 from steerkit.streaming.sink_cache import SinkCache
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 from transformers import DynamicCache
-from transformers import PreTrainedModel as Model
 
 from steerkit.attention.hook import use_attention_function
 from steerkit.attention.rope import rope_kinds
 from steerkit.chat import check_ids
+from steerkit.models import Model
 from steerkit.streaming.sink_cache import SinkCache, changes_with_length
 
 _BATCH_TOKENS = 8192  # tokens per forward of re-computation

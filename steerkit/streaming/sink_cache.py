@@ -30,11 +30,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel as Model
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from steerkit.attention.hook import AttentionCall, attach_to_modules, use_attention_function
 from steerkit.attention.rope import Rotation, learn_rotations, rope_kinds
+from steerkit.models import Model
 
 # How far the model's positions may run ahead of the cache's before all keys are rotated back. The
 # model's angles are float32, exact at small positions only. Keys in half precision lose more by

@@ -12,9 +12,8 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel as Model
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from steerkit.models import Model, Tokenizer
 from steerkit.streaming.losses import token_losses
 
 

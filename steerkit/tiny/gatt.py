@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from steerkit.constraints import FAMILIES, REAL, Constraint, Question, compatible, instruct, values
-from steerkit.gatt.dialogues import Model, Plan, Tokenizer
+from steerkit.gatt.dialogues import Plan
 from steerkit.gatt.evaluation import Adherence, adherence_by_turn
+from steerkit.models import Model, Tokenizer
 from steerkit.tiny.world import answer, fact_question, repeat_question
 
 PROBE_TURNS = (2, 4, 6, 20)  # Table 30

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from steerkit.chat import Message
+from steerkit.models import Tokenizer
 from steerkit.streaming.stream_eval import Fact
 from steerkit.tiny import world
 

@@ -30,10 +30,11 @@ def _json(rng: random.Random, conflict: bool, split: str) -> Example:
     attribute, *others = rng.sample(ATTRIBUTES, 3)
     sentences = [say(who.name, a, who.facts[a]) for a in (attribute, *others)]
     instructions = _shuffled(rng, [instruction, *rival])
-    text = _joined(*instructions, *_shuffled(rng, sentences), world.ask(rng, who.name, attribute))
+    parts = [*instructions, *_shuffled(rng, sentences), world.ask(rng, who.name, attribute)]
     value = who.facts[attribute]
     right = answer(who.name, attribute, value, [JSON])
-    return Example((Message("user", text),), instruction, right, value, kept=(value,))
+    message = Message("user", " ".join(parts))
+    return Example((message,), instruction, right, value, kept=(value,))
 
 
 def _pronouns(rng: random.Random, conflict: bool, split: str) -> Example:
@@ -62,7 +63,7 @@ def _biography(rng: random.Random, conflict: bool, split: str) -> Example:
     sentences = [span, say(who.name, other, who.facts[other])]
     if conflict:
         sentences.append(say(who.name, attribute, _other(rng, attribute, value)))
-    body = _joined(instruct(rng, forms), *_shuffled(rng, sentences))
+    body = " ".join([instruct(rng, forms), *_shuffled(rng, sentences)])
     example = _asked(rng, who.name, attribute, span, body, forms)
     right = answer(who.name, attribute, value, forms)
     return example._replace(answer=right, value=value, candidates=tuple(_values(attribute)))
@@ -76,7 +77,7 @@ def _counterfact(rng: random.Random, conflict: bool, split: str) -> Example:
     new = _other(rng, attribute, old)
     span = say(who.name, attribute, new)
     before = [say(who.name, attribute, old)] if conflict else []
-    body = _joined(instruct(rng, forms), *before, f"News: {span}")
+    body = " ".join([instruct(rng, forms), *before, f"News: {span}"])
     example = _asked(rng, who.name, attribute, span, body, forms)
     right = answer(who.name, attribute, new, forms)
     return example._replace(answer=right, value=new, candidates=(new, old))
@@ -133,10 +134,6 @@ def _other(rng: random.Random, attribute: str, value: str) -> str:
 
 def _shuffled(rng: random.Random, items: Sequence[str]) -> list[str]:
     return rng.sample(list(items), len(items))
-
-
-def _joined(*parts: str) -> str:
-    return " ".join(parts)
 
 
 _JSON_PAPER = {"F. Acc": tasks.json_paper, "P. Acc": tasks.json_value_paper}

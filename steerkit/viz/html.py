@@ -9,15 +9,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from steerkit.models import Tokenizer
 from steerkit.spans import Turn
 
 # From white to dark blue in equal steps of lightness: darker is more, in grey as well.
-_SHADES = (
-    *("#fff", "#e3eef7", "#c6dcee", "#a4c8e3", "#7fb2d6"),
-    *("#559ac8", "#2f7fb5", "#0a619c", "#04406b"),
-)
+_SHADES = [
+    "#fff",
+    "#e3eef7",
+    "#c6dcee",
+    "#a4c8e3",
+    "#7fb2d6",
+    "#559ac8",
+    "#2f7fb5",
+    "#0a619c",
+    "#04406b",
+]
 _FIRST_WHITE = 7  # from this shade on white letters have the better contrast
 
 
@@ -36,17 +43,12 @@ def token_texts(tokenizer: Tokenizer, ids: Any) -> list[str]:
 
 
 def attention_page(
-    texts: Sequence[str],
-    values: Any,
-    turns: Sequence[Turn] = (),
-    *,
-    title: str,
-    top: float | None = None,
+    texts: Sequence[str], values: Any, turns: Sequence[Turn] = (), *, title: str, top: float = 0.0
 ) -> str:
     """HTML: one paragraph per message, tokens shaded by values (T,), with the number on hover.
 
-    `texts` (T,) are the tokens, `title` says what is shown, `top` is the darkest shade's value (by
-    default the largest one). About 60 bytes and the text for each token.
+    `texts` (T,) are the tokens, `title` says what is shown, `top` is the darkest shade's value (0:
+    the largest one). About 60 bytes and the text for each token.
     """
     v = torch.as_tensor(values).flatten().tolist()
     if not texts or len(v) != len(texts) or not all(0 <= x < float("inf") for x in v):

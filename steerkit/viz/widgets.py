@@ -12,12 +12,11 @@ import ipywidgets
 import matplotlib.pyplot as plt
 import torch
 from IPython.display import HTML, display
-from transformers import PreTrainedModel as Model
-from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from steerkit.attention.hook import layer_and_head_counts
 from steerkit.attention.maps import attention_map, attention_received, span_share
 from steerkit.chat import Message, prompt_ids, reply
+from steerkit.models import Model, Tokenizer
 from steerkit.spans import find_span, find_turns
 from steerkit.steering.pasta import emphasise
 from steerkit.viz.html import attention_page, token_texts
