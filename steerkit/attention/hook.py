@@ -86,21 +86,16 @@ Edit = Callable[[AttentionCall], Tensor]
 
 
 def steerkit_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    **options: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **other: Any
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer -> (output (B,Q,H,D), None for the weights)."""
     state = module.__dict__
     if _EDIT not in state and _ZERO_SINK not in state and _RECORDER not in state:
-        return sdpa_attention_forward(module, query, key, value, mask, **options)
+        return sdpa_attention_forward(module, query, key, value, mask, **other)
 
-    scaling = options.pop("scaling", None) or query.shape[-1] ** -0.5
+    scaling = other.pop("scaling", None) or query.shape[-1] ** -0.5
     recorder = state.get(_RECORDER)
-    call = AttentionCall(module, query, key, value, mask, scaling, options, recorder)
+    call = AttentionCall(module, query, key, value, mask, scaling, other, recorder)
     edit = state.get(_EDIT, AttentionCall.attend)
     return edit(call), None
 

@@ -14,17 +14,8 @@ from steerkit.models import Tokenizer
 from steerkit.spans import Turn
 
 # From white to dark blue in equal steps of lightness: darker is more, in grey as well.
-_SHADES = [
-    "#fff",
-    "#e3eef7",
-    "#c6dcee",
-    "#a4c8e3",
-    "#7fb2d6",
-    "#559ac8",
-    "#2f7fb5",
-    "#0a619c",
-    "#04406b",
-]
+_SHADES = ["#fff", "#e3eef7", "#c6dcee", "#a4c8e3", "#7fb2d6", "#559ac8"]
+_SHADES += ["#2f7fb5", "#0a619c", "#04406b"]
 _FIRST_WHITE = 7  # from this shade on white letters have the better contrast
 
 
