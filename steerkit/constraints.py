@@ -18,9 +18,6 @@ REAL: dict = read_data("constraints.json")
 FAMILIES = ("language", "figure", "hobby", "capitals", "ending", "json", "emoji", "pronoun")
 REAL_FAMILIES = tuple(REAL["instructions"])
 HELD_OUT_PAIRS = frozenset(frozenset(pair) for pair in TABLES["held_out_pairs"])
-# Pairs that training shows in its second part only: after the first one the model obeyed none of
-# them (figures' names were words it had never seen in capitals), so they cannot be held out.
-LATE_PAIRS = frozenset(frozenset(pair) for pair in TABLES["late_pairs"])
 _TABLES = {"world": TABLES, "real": REAL}
 
 

@@ -20,9 +20,7 @@ def data_file(name: str) -> Path:
     """Path of `name` in data/; FileNotFoundError if it is not there."""
     path = DATA / name
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} is missing: install steerkit again, by `pip install .` in a clone"
-        )
+        raise FileNotFoundError(f"{path} is missing: install steerkit again (`pip install .`)")
     return path
 
 

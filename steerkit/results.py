@@ -19,7 +19,7 @@ def figures_dir(profile: str, notebook: str) -> Path:
     `steerkit run` names another folder than runs/ by an environment variable.
     """
     for name in (profile, notebook):
-        _refuse_folders(name)
+        refuse_folders(name)
     return Path(os.environ.get(RUNS, "runs")) / profile / notebook
 
 
@@ -50,7 +50,7 @@ def save_claim(
 
     `paper` is a published number, or its key for `paper_result`.
     """
-    _refuse_folders(name)
+    refuse_folders(name)
     record = {
         "claim": claim,
         "paper": paper_result(paper) if isinstance(paper, str) else paper,
@@ -67,7 +67,7 @@ def save_claim(
     return record
 
 
-def _refuse_folders(name: str) -> None:
+def refuse_folders(name: str) -> None:
     """What is written under a name stays in the folder that it was meant for."""
     if not name or name == ".." or Path(name).name != name:
         raise ValueError(f"name={name!r}: expected a plain file name without folders")

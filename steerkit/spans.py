@@ -63,8 +63,7 @@ def find_spans(tokenizer: Tokenizer, prompt: Prompt, phrase: str) -> list[Span]:
         # Every token that holds any of these characters, pieces of one character included.
         inside = [t for t, (a, b) in enumerate(offsets) if a < match.end() and b > match.start()]
         start, end = min(inside, default=0), max(inside, default=-1) + 1
-        reading = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
-        readings[start, end] = reading
+        readings[start, end] = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
     if not readings:
         raise ValueError(f"{phrase!r} is not in the prompt {text[:80]!r}")
     spans = [span for span, reading in readings.items() if reading.split() == phrase.split()]

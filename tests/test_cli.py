@@ -24,6 +24,9 @@ out = figures_dir(PROFILE, "NAME")
 save_claim(out, "one", claim="one and one", ours={"sum": 2.0}, holds=N == 2, **common)"""
 
 
+BUSY = "import time\nwhile time.process_time() < 2: pass"  # CPU seconds of the kernel itself
+
+
 def claim(name: str) -> str:
     return CLAIM.replace("NAME", name)
 
@@ -35,23 +38,17 @@ def output_of(path: Path) -> list[str]:
 
 
 def test_run_executes_records_and_ends_with_the_table(root, make_notebook, capsys):
-    half = (
-        "from steerkit.lab.usage import peak_memory\nprint(peak_memory()['peak_gib'])\n"
-        "half = bytearray(2**29)"
-    )
-    make_notebook("01_good", ["import os\nprint(os.getcwd())", half, claim("01_good")])
+    make_notebook("01_good", ["import os\nprint(os.getcwd())", BUSY, claim("01_good")])
     assert cli.main(["run", "--profile", "smoke", "-p", "N", "3"]) == 0
     assert re.search(r"^NO +01 +one and one +2 +-", capsys.readouterr().out, re.MULTILINE)
-    *_, folder, before, _ = output_of(root / "runs" / "smoke" / "01_good.ipynb")
+    *_, folder, _, _ = output_of(root / "runs" / "smoke" / "01_good.ipynb")
     assert Path(folder.strip()) == root / "notebooks"
     results = root / "runs" / "smoke" / "01_good"
     assert sorted(path.name for path in results.iterdir()) == ["one.claim.json", "run.json"]
     record = json.loads((results / "run.json").read_text())
-    assert 0 < record["cpu_seconds"] < record["seconds"]
+    assert 2 < record["cpu_seconds"] < record["seconds"]
     assert record["parameters"] == {"PROFILE": "smoke", "N": 3}
     assert record["machine"].keys() == {"cores", "cpu", "memory_gib", "gpu"}
-    assert record["memory"]["peak_gib"] == pytest.approx(float(before) + 0.5, abs=0.05)
-    assert record["memory"].keys() == {"peak_gib", "gpu_peak_gib"}
 
 
 def test_the_table_has_one_line_a_claim_and_fits_100_columns():
@@ -154,7 +151,6 @@ def test_a_killed_run_keeps_what_was_done(root):
             "01_good has no parameter TEXT; its cell tagged `parameters` has ['PROFILE'",
         ),
         (["-p", "N", "many"], "-p N many: expected int, like 2"),
-        (["-p", "N", "2.5"], "-p N 2.5: expected int, like 2"),
         (["--store", "-p", "N", "3"], "--store commits a profile's default run"),
         (["--only", "02"], "02_plain has no parameter PROFILE; its cell tagged"),
     ],

@@ -13,6 +13,7 @@ from steerkit.chat import Message
 from steerkit.spans import Turn, find_turns
 from steerkit.viz.html import _SHADES, attention_page, mask_page, token_texts
 
+SHADES = [f"#{shade}" for shade in _SHADES]
 TEXTS = ["Say", " <b>", ' "no" & go', "\n", "<script>alert(1)</script>"]
 VALUES = torch.tensor([0.0, 0.25, 0.5, 1.0, 0.123456])
 
@@ -26,7 +27,7 @@ class Page(HTMLParser):
         self.text = ""
         self.feed(source)
         tokens = [attributes for tag, attributes in self.elements if tag == "i"]
-        tokens = tokens[len(_SHADES) :]  # the legend comes first
+        tokens = tokens[len(SHADES) :]  # the legend comes first
         self.numbers = [float(attributes["title"] or "") for attributes in tokens]
         self.styles = [attributes.get("style") or "background:#fff" for attributes in tokens]
 
@@ -57,20 +58,20 @@ def light(colour: str) -> float:
 
 
 def test_darker_is_more_the_nearest_shade_is_taken_and_letters_can_be_read() -> None:
-    assert all(light(a) > light(b) + 0.03 for a, b in pairwise(_SHADES))
+    assert all(light(a) > light(b) + 0.03 for a, b in pairwise(SHADES))
     values = {0: 0, 0.06: 1, 0.19: 2, 0.3: 3, 0.4: 4, 0.5: 5, 0.61: 6, 0.7: 7, 0.8: 8, 5: 8}
     page = Page(attention_page(["x"] * len(values), list(values), title="t", top=0.8))
     assert "0.8" in page.text
     for shade, style in zip(values.values(), page.styles, strict=True):
-        assert f"background:{_SHADES[shade]}" in style
+        assert f"background:{SHADES[shade]}" in style
         letters = 1.0 if ";color:#fff" in style else 0.0
-        low, high = sorted((light(_SHADES[shade]), letters))
+        low, high = sorted((light(SHADES[shade]), letters))
         assert (high + 0.05) / (low + 0.05) >= 4.5, style
 
 
 def test_the_largest_value_is_the_darkest_and_nothing_is_white() -> None:
     page = Page(attention_page(["a", "b", "c"], [0.0, 0.1, 0.2], title="t"))
-    shades = [_SHADES[0], _SHADES[4], _SHADES[8]]
+    shades = [SHADES[0], SHADES[4], SHADES[8]]
     assert all(shade in style for shade, style in zip(shades, page.styles, strict=True))
 
 

@@ -103,7 +103,7 @@ def differences(committed, executed, session):
 def test_it_runs_to_the_end(run):
     assert run.outcome.error is None, run.outcome.error
     record = json.loads((run.outcome.results / "run.json").read_text())
-    assert record["cpu_seconds"] > 0 and record["memory"]["peak_gib"] > 0
+    assert record["cpu_seconds"] > 0
 
 
 def test_its_outputs_are_the_stored_ones(run, request):

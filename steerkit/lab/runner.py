@@ -5,7 +5,6 @@ replaces OUT/<profile>/<notebook>/ (figures, claims, run.json) and OUT/<profile>
 """
 
 import ast
-import json
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from steerkit.files import NOTEBOOKS, ROOT, write_json, write_text
-from steerkit.lab.usage import USAGE_FILE, machine
+from steerkit.lab.usage import machine
 from steerkit.results import RUNS, versions
 
 CELL_TIMEOUT = {"smoke": 300, "cpu": 1200, "gpu": 6 * 3600}  # seconds per cell: a stuck run ends
@@ -104,20 +103,19 @@ def execute(
 ) -> Outcome:
     """Run one notebook with `values` as parameters, in `cwd` (default: its own folder).
 
-    run.json holds time, peak memory, machine and versions.
+    run.json holds the seconds that it took by the clock, the CPU seconds of its kernel, machine and
+    versions.
     """
     partial, done = out / "partial" / profile, out / profile
     results = partial / path.stem
-    usage = results / "usage.json"
     shutil.rmtree(results, ignore_errors=True)
     results.mkdir(parents=True)
     done.mkdir(exist_ok=True)
     environment = {
         RUNS: str(partial.parent.resolve()),
-        USAGE_FILE: str(usage.resolve()),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # else the kernel's debugger warns on the terminal
     }
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), _cpu_seconds_of_children()
     try:
         with patch.dict(os.environ, environment):
             papermill.execute_notebook(
@@ -127,8 +125,7 @@ def execute(
                 kernel_name="python3",
                 cwd=cwd or path.parent,
                 execution_timeout=CELL_TIMEOUT[profile],
-                # a local kernel warns of plain TCP; the extension writes what the kernel used
-                extra_arguments=["--log-level=ERROR", "--ext=steerkit.lab.usage"],
+                extra_arguments=["--log-level=ERROR"],  # a local kernel warns of plain TCP
             )
     except Exception as failure:  # one notebook's failure must not stop the others
         return Outcome(path.stem, _explain(failure), partial / path.name, results)
@@ -136,14 +133,21 @@ def execute(
     record = {"notebook": path.stem, "profile": profile, "parameters": dict(values)}
     record |= {"machine": machine(), "versions": versions()}
     record["seconds"] = round(time.perf_counter() - start, 1)
-    if usage.exists():  # else the kernel died while it ended
-        record |= json.loads(usage.read_text(encoding="utf-8"))
-        usage.unlink()
+    record["cpu_seconds"] = round(_cpu_seconds_of_children() - start_cpu, 1)
     write_json(results / "run.json", record)
     shutil.rmtree(done / path.stem, ignore_errors=True)
     results.replace(done / path.stem)
     executed = (partial / path.name).replace(done / path.name)
     return Outcome(path.stem, None, executed, done / path.stem)
+
+
+def _cpu_seconds_of_children() -> float:
+    """CPU time of the processes that this one has waited for, as it waits for a kernel's end.
+
+    Other processes on the machine do not lengthen it as they do the clock's.
+    """
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _explain(failure: Exception) -> str:

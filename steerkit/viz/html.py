@@ -13,9 +13,8 @@ import torch
 from steerkit.models import Tokenizer
 from steerkit.spans import Turn
 
-# From white to dark blue in equal steps of lightness: darker is more, in grey as well.
-_SHADES = ["#fff", "#e3eef7", "#c6dcee", "#a4c8e3", "#7fb2d6", "#559ac8"]
-_SHADES += ["#2f7fb5", "#0a619c", "#04406b"]
+# From white to dark blue in equal steps of lightness, RGB: darker is more, in grey as well.
+_SHADES = ["fff", "e3eef7", "c6dcee", "a4c8e3", "7fb2d6", "559ac8", "2f7fb5", "0a619c", "04406b"]
 _FIRST_WHITE = 7  # from this shade on white letters have the better contrast
 
 
@@ -42,10 +41,8 @@ def attention_page(
     the largest one). About 60 bytes and the text for each token.
     """
     v = torch.as_tensor(values).flatten().tolist()
-    if not texts or len(v) != len(texts) or not all(0 <= x < float("inf") for x in v):
-        raise ValueError(
-            f"{len(v)} values for {len(texts)} tokens: expected one each, finite and 0 or more"
-        )
+    if min(v) < 0:  # it would be shaded like a large one
+        raise ValueError(f"a value of {min(v)}: expected 0 or more")
     turns = turns or [Turn(0, "", 0, len(texts))]
     if (end := turns[-1].end) != len(texts):
         raise ValueError(f"turns of {end} tokens, a text of {len(texts)}: not the same text")
@@ -70,6 +67,6 @@ def mask_page(tokenizer: Tokenizer, row: Mapping[str, Sequence[int]]) -> str:
 def _token(text: str, value: float, top: float) -> str:
     shade = round(min(value / top, 1) * (len(_SHADES) - 1))
     letters = ";color:#fff" if shade >= _FIRST_WHITE else ""
-    style = f' style="background:{_SHADES[shade]}{letters}"' if shade else ""
+    style = f' style="background:#{_SHADES[shade]}{letters}"' if shade else ""
     words = html.escape(text, quote=False).replace("\n", "↵<br>")
     return f'<i title="{value:.2g}"{style}>{words}</i>'

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from steerkit.attention.maps import bin_edges
 from steerkit.files import write_bytes, write_json
+from steerkit.results import refuse_folders
 from steerkit.spans import Turn
 from steerkit.statistics import bootstrap
 
@@ -41,8 +42,7 @@ def show(fig: Figure, name: str, *, out: Path, caption: str, alt: str, values: d
     """
     if not (caption.strip() and alt.strip()):
         raise ValueError(f"figure {name!r} has an empty caption or alt: say in words what it shows")
-    if not name or Path(name).name != name:
-        raise ValueError(f"name={name!r}: expected a plain file name without folders")
+    refuse_folders(name)
     png = _image(fig, "png", metadata={"Software": None})
     write_bytes(Path(out) / f"{name}.png", png)
     record = {"figure": name, "caption": caption, "alt": alt, "values": values}
@@ -86,7 +86,7 @@ def heat_map(
 
     `bar` is the colour bar's title; None leaves it out. What a causal query cannot see is blank.
     """
-    w = _matrix(weights, "(Q, K), one head at a time")
+    w = np.asarray(weights, dtype=float)
     q, k = w.shape
     unseen = np.triu(np.ones((q, k), dtype=bool), 1 + k - q) & (w == 0)
     _draw(ax, np.ma.array(w, mask=unseen), "query position", "key position", bar, vmin=0, vmax=vmax)
@@ -101,7 +101,7 @@ def difference_map(ax: Axes, difference: Any, *, vmax: float | None = None) -> A
 
     Colours run from -vmax to vmax, by default the largest change.
     """
-    d = _matrix(difference, "(Q, K), one head at a time")
+    d = np.asarray(difference, dtype=float)
     vmax = vmax or float(np.abs(d).max()) or 1.0
     colours = {"vmin": -vmax, "vmax": vmax, "cmap": "RdBu"}
     _draw(ax, d, "query position", "key position", "difference", **colours)
@@ -152,7 +152,7 @@ def head_grid(
     With `vmax` colours run from 0 to it, so that several grids compare. `marked` heads, as (layer,
     head), are framed.
     """
-    v = _matrix(values, "(L, H)")
+    v = np.asarray(values, dtype=float)
     scale = {"vmin": None if vmax is None else 0, "vmax": vmax}
     _draw(ax, v, "layer", "head", bar, aspect="auto", **scale)
     _write(ax, lambda layer, head: f"{v[layer, head]:.2f}")
@@ -182,13 +182,6 @@ def head_overlap(ax: Axes, sets: Mapping[str, Heads], *, heads: int) -> Axes:
     ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
     ax.set_yticks(range(len(names)), names)
     return ax
-
-
-def _matrix(values: Any, expected: str) -> np.ndarray:
-    matrix = np.asarray(values, dtype=float)
-    if matrix.ndim != 2:
-        raise ValueError(f"values of shape {matrix.shape}: expected {expected}")
-    return matrix
 
 
 def _draw(ax: Axes, matrix: Any, ylabel: str, xlabel: str, bar: str | None, **options: Any) -> None:
