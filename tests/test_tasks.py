@@ -292,19 +292,12 @@ def test_biographies_become_examples(name):
         assert task.strict("Ida Fox is a nurse. They like soup.", ida) == 1
 
 
-@pytest.mark.parametrize(
-    ("file", "text"),
-    [
-        ("b.jsonl", "\n".join(json.dumps(record) for record in BIOS)),
-        ("b.json", json.dumps(BIOS)),
-        ("b.csv", "raw,title,name\nIda Fox is a nurse. She likes soup.,nurse,Ida Fox\n"),
-    ],
-)
-def test_files_are_read_by_datasets(tmp_path, file, text):
-    pytest.importorskip("datasets")
-    (tmp_path / file).write_text(text)
-    ida = load_task(TASKS["json"], tmp_path / file, n=1)[1]
-    assert ida == load_task(TASKS["json"], BIOS, n=1)[1]
+def test_the_records_of_a_file_come_from_datasets(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    path = tmp_path / "bios.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in BIOS))
+    records = datasets.load_dataset("json", data_files=str(path), split="train")
+    assert load_task(TASKS["json"], records)[1] == load_task(TASKS["json"], BIOS)[1]
 
 
 def test_counterfactuals_become_examples(tiny):

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from steerkit.files import DATA
 from steerkit.tiny import streams
-from steerkit.tiny.world import market_words
+from steerkit.tiny.world import market_chain
 
 
 def test_a_file_is_read_as_its_text_would_be(tiny, tmp_path: Path):
@@ -58,5 +58,5 @@ def test_talk_never_closes_and_each_model_hears_its_own(tiny):
         assert ids != streams.talk_stream(tokenizer, 3000, seed="another")
         texts = tokenizer.decode(ids[1:]).split("<|eos|>")[:-1]  # the last one is cut
         assert len(set(texts)) == len(texts) > 10
-    words = {part for word in market_words() for part in word.split()}
+    words = {part for word in market_chain()[0] for part in word.split()}
     assert set(" ".join(texts).split()) <= words

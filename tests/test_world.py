@@ -65,7 +65,7 @@ def test_an_echo_word_is_followed_by_the_word_before_it():
     words = world.market(rng(), length=2000).split()
     after = [(a, c) for a, b, c in zip(words, words[1:], words[2:], strict=False) if b in echoes]
     assert len(after) > 100 and all(a == c for a, c in after)
-    assert echoes == set(world.market_words()[-len(echoes) :])
+    assert echoes == set(world.market_chain()[0][-len(echoes) :])
 
 
 def test_an_instruction_fades_as_the_rule_says():

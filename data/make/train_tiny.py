@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from steerkit.constraints import TABLES
 from steerkit.models import resolve_device
-from steerkit.tiny.world import english, market_words
+from steerkit.tiny.world import english, market_chain
 
 SPECIAL = ["<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT_TEMPLATE = """{{ bos_token }}{% for m in messages %}\
@@ -81,7 +81,7 @@ def _chat_texts() -> Iterator[str]:
 
 
 def _stream_texts() -> Iterator[str]:
-    for word in market_words():
+    for word in market_chain()[0]:
         yield from [f"{word} {word}"] * 3000
     yield from english()
 

@@ -128,17 +128,14 @@ def sample_dialogues(
         draw = partial(chat.reply, max_new_tokens=max_new_tokens, temperature=temperature)
         with torch.random.fork_rng():
             torch.manual_seed(seed * 1_000_003 + start)
-            samples += _sample_batch(draw, chat.select, plans[start : start + batch], candidates)
+            samples += _sample_batch(chat, draw, plans[start : start + batch], candidates)
     return samples
 
 
 def _sample_batch(
-    draw: Callable[[list[list[Message]]], list[str]],
-    select: Callable[[list[int]], None],
-    plans: Sequence[Plan],
-    candidates: int,
+    chat: BatchedChat, draw: Callable[..., list[str]], plans: Sequence[Plan], candidates: int
 ) -> list[Sample]:
-    """`draw` gives one sampled reply to each dialogue; `select` says which of them go on.
+    """`draw` gives one sampled reply of `chat` to each dialogue.
 
     When a dialogue ends before the others, the cache behind them starts anew: slower, no more.
     """
@@ -151,7 +148,7 @@ def _sample_batch(
             best = next((k for k in group if plans[i].verified(turn, replies[k])), group[0])
             dialogues[i].append(Message("assistant", replies[best]))
             chosen += [best] * candidates
-        select(chosen)
+        chat.select(chosen)
 
     samples = []
     for plan, messages in zip(plans, dialogues, strict=True):

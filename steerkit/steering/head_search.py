@@ -31,11 +31,6 @@ from steerkit.models import Model
 from steerkit.steering.pasta import check_alpha, emphasise
 from steerkit.steering.scoring import Prompt, PromptBatch, answer_scores, padded
 
-_TOKENS = {"cpu": 1024}  # in one forward; more is no faster there, and an accelerator wants more
-_TOKENS_ELSEWHERE = 8192
-_SLOPE_SHARE = 0.25  # of the prompts, on which the screen asks for slopes
-
-
 Prompts = Sequence[Prompt]
 Measure = Callable[[Callable[..., AbstractContextManager] | None], Tensor]
 """measure(steer) -> (N,) numbers; `steer` is None, or (model, spans) -> a `with`."""
@@ -86,9 +81,8 @@ class HeadTable:
 def load_table(path: str | Path) -> HeadTable:
     """A table that `save` or `score_heads(path=...)` wrote."""
     stored = json.loads(Path(path).read_text(encoding="utf-8"))
-    return HeadTable(
-        torch.tensor(stored["scores"]), torch.tensor(stored["baseline"]), stored["about"]
-    )
+    scores, baseline = torch.tensor(stored["scores"]), torch.tensor(stored["baseline"])
+    return HeadTable(scores, baseline, stored["about"])
 
 
 def rank(mean: Tensor) -> list[Head]:
@@ -105,15 +99,10 @@ def _empty_table(model: Model, prompts: Prompts, alpha: float, task: str) -> Hea
         raise ValueError("no prompts: the heads are scored on at least one")
     for i, (ids, spans, answer) in enumerate(prompts):
         if not spans or any(not 0 <= start < end <= len(ids) for start, end in spans):
-            raise ValueError(
-                f"prompt {i} of {len(ids)} tokens has spans {spans}: expected at least one, and "
-                "0 <= start < end <= length"
-            )
+            given = f"prompt {i} of {len(ids)} tokens has spans {spans}"
+            raise ValueError(f"{given}: expected at least one, and 0 <= start < end <= length")
         if not answer:
-            raise ValueError(
-                f"prompt {i} has no answer: heads are scored by the answer's log-probability; "
-                "give one, or rank by replies with score_heads_by"
-            )
+            raise ValueError(f"prompt {i} has no answer: give one, or score with score_heads_by")
 
     N = len(prompts)
     about = {"model": model.name_or_path, "task": task, "alpha": alpha, "prompts": N}
@@ -190,7 +179,8 @@ def score_heads(
 
         # search.py, run with: accelerate launch search.py
         model, tokenizer = load("Qwen/Qwen2.5-7B-Instruct")
-        task, examples = load_task(TASKS["json"], "bios.jsonl")
+        bios = load_dataset("json", data_files="bios.jsonl", split="train")
+        task, examples = load_task(TASKS["json"], bios)
         prompts = to_prompts(tokenizer, examples)
         table = score_heads(model, prompts, path="json.table", task="json")
 
@@ -240,7 +230,7 @@ def _fill(
         return
 
     # Prompts of similar first span and length go together; all heads of a layer fit in one forward.
-    tokens = tokens or _TOKENS.get(model.device.type, _TOKENS_ELSEWHERE)
+    tokens = tokens or (1024 if model.device.type == "cpu" else 8192)  # more is no faster
     missing.sort(key=lambda i: (prompts[i].first // 4, prompts[i].length))
     longest = max(prompts[i].length - prompts[i].first for i in missing)
     size = max(1, tokens // table.scores.shape[2] // longest)
@@ -250,11 +240,10 @@ def _fill(
         naive = False
         for batch in tqdm(share, unit="batch", delay=2, leave=False):
             options = model, [prompts[i] for i in batch], heads, table.about["alpha"]
-            scores = None
-            if not naive:
-                scores = _compute_once(*options, tokens, check=batch is share[0])
-            naive = scores is None
-            table.baseline[batch], scores = scores or _one_by_one(*options)
+            check = batch is share[0]
+            found = None if naive else _compute_once(*options, tokens, check=check)
+            naive = found is None
+            table.baseline[batch], scores = found or _one_by_one(*options)
             table.scores[torch.tensor(batch)[:, None], layer, index] = scores
             if saves:
                 table.save(path)
@@ -328,7 +317,7 @@ def screen_heads(
     if not 1 <= keep <= heads - 2:
         raise ValueError(f"keep={keep}: expected 1 <= keep <= {heads - 2} of {heads} heads")
     order = random.Random("screen 0").sample(range(N), N)
-    sample = [prompts[i] for i in order[: max(1, round(_SLOPE_SHARE * N))]]
+    sample = [prompts[i] for i in order[: max(1, round(N / 4))]]
     slopes = bias_slopes(model, sample, alpha=alpha).mean(0)
     candidates, scored = rank(slopes)[: max(finalists, heads // 12)], 0
     halvings = (len(candidates) // finalists).bit_length() - 1

@@ -123,21 +123,17 @@ class PromptState:
             self._set_prompt(total)
         elif seen != self.total:
             raise ValueError(
-                f"the cache holds {seen} keys, not the {self.total} read so far (assisted "
-                "decoding, a cache used twice), so where the prompt ends is unclear: give the "
-                "spans as a bool mask (B, T)"
+                f"the cache holds {seen} keys, not the {self.total} read so far, so where the "
+                "prompt ends is unclear: give the spans as a bool mask (B, T)"
             )
         if seen < T and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            self._refuse_padding(attention_mask[:: batch // B, :T].bool().cpu())
+            real = attention_mask[:: batch // B, :T].bool().cpu()
+            covered = self.spans[:, : real.shape[1]] & ~real
+            if rows := covered.any(dim=1).nonzero().flatten().tolist():
+                raise ValueError(
+                    f"rows {rows}: a span covers padding; count the padding on the left"
+                )
         self.total = total
-
-    def _refuse_padding(self, real: Tensor) -> None:
-        covered = self.spans[:, : real.shape[1]] & ~real
-        if rows := covered.any(dim=1).nonzero().flatten().tolist():
-            raise ValueError(
-                f"rows {rows}: a span covers padding; spans are positions in the padded prompt, "
-                "so add the padding on the left to them"
-            )
 
     def check_complete(self) -> None:
         """ValueError for a mask that is longer than the prompt: it was made for another one."""
@@ -185,10 +181,8 @@ def track_prompt(model: Model, prompt: PromptState) -> Iterator[None]:
 
 def _refuse_eviction(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if any(getattr(value, "evicts", False) for value in (*args, *kwargs.values())):
-        raise ValueError(
-            "this cache (SinkCache) evicts and moves the prompt's keys, so spans would point at "
-            "others: steer with a cache that keeps them (leave past_key_values out)"
-        )
+        advice = "steer with one that keeps them (leave past_key_values out)"
+        raise ValueError(f"this cache (SinkCache) evicts and moves the prompt's keys: {advice}")
 
 
 # Arithmetic

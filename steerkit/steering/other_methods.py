@@ -75,11 +75,8 @@ def spotlight(
     """
     if not 0 < target < 1:
         raise ValueError(f"target={target}: expected a share of the weight, 0 < target < 1")
-
-    def strength(psi: Tensor) -> Tensor:
-        return (target / psi).log().clamp(min=0)
-
-    with key_bias(model, spans, heads, inside=1.0, strength=_by_psi(strength)):
+    strength = _by_psi(lambda psi: (target / psi).log().clamp(min=0))
+    with key_bias(model, spans, heads, inside=1.0, strength=strength):
         yield
 
 
@@ -100,11 +97,8 @@ def split_softmax(
         log_psi = psi.log()
         return (exponent - 1) * log_psi + (_log1mexp(log_psi) - _log1mexp(exponent * log_psi))
 
-    if exponent == 1:  # bit-equal to no steering, and not only nearly
-        with additive_bias(model, spans, 0.0, heads=heads):
-            yield
-        return
-    with key_bias(model, spans, heads, inside=1.0, strength=_by_psi(strength)):
+    inside = 0.0 if exponent == 1 else 1.0  # 0: bit-equal to no steering, and not only nearly
+    with key_bias(model, spans, heads, inside=inside, strength=_by_psi(strength)):
         yield
 
 

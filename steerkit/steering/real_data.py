@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from steerkit.chat import Message
@@ -17,19 +16,15 @@ from steerkit.steering.tasks import Example, Task, exact, first_words
 Record = Mapping[str, Any]
 
 
-def load_task(
-    task: Task, source: str | Path | Iterable[Record], *, n: int | None = None
-) -> tuple[Task, list[Example]]:
-    """The task with real examples: its metrics, and the first `n` examples of `source`.
+def load_task(task: Task, records: Iterable[Record]) -> tuple[Task, list[Example]]:
+    """The task with real examples, and with the metrics that fit them.
 
-    `source` is a .json, .jsonl or .csv file, or the records themselves, for example a
-    `datasets.Dataset`; its `rename_columns` serves data whose columns have other names. The answer
-    of Pronouns Changing is not in the data.
+    A file's records are read by `datasets.load_dataset("json", data_files=path, split="train")`;
+    `rename_columns` of the result serves data whose columns have other names. The answer of
+    Pronouns Changing is not in the data.
     """
-    if isinstance(source, (str, Path)):
-        source = _read(Path(source))
     try:
-        examples = [_EXAMPLE[task.name](record) for record in list(source)[:n]]
+        examples = [_EXAMPLE[task.name](record) for record in records]
     except KeyError as error:
         raise ValueError(
             f"no column {error} for task {task.name}: use Dataset.rename_columns of `datasets`"
@@ -39,13 +34,6 @@ def load_task(
         examples = [example._replace(candidates=occupations) for example in examples]
     strict = first_words if task.strict is exact else task.strict
     return replace(task, strict=strict), examples
-
-
-def _read(path: Path) -> Iterable[Record]:
-    from datasets import load_dataset
-
-    kind = "csv" if path.suffix == ".csv" else "json"
-    return load_dataset(kind, data_files=str(path), split="train")
 
 
 def _person(record: Record) -> tuple[str, str, str]:

@@ -9,6 +9,7 @@ vocabulary.
 import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -135,18 +136,14 @@ class PromptBatch:
         if cache is not None:
             cache.batch_repeat_interleave(C)
 
-        def edit_of(on: Tensor) -> hook.Edit:
-            def edit(call: AttentionCall) -> Tensor:
-                return attend_biased(call, on[:, : call.query.shape[1], None], bias)
+        def edit(call: AttentionCall, on: Tensor) -> Tensor:
+            return attend_biased(call, on[:, : call.query.shape[1], None], bias)
 
-            return edit
-
+        edits = {self.calls[layer].module: partial(edit, on=switch[layer]) for layer in steered}
         n = self.predicted
         inputs = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": n}
-        with ExitStack() as stack:
-            stack.enter_context(hook.use_attention_function(self.model))
-            edits = {self.calls[layer].module: edit_of(switch[layer]) for layer in steered}
-            stack.enter_context(hook.attach_to_modules(edits))
+        attention = hook.use_attention_function(self.model)
+        with attention, hook.attach_to_modules(edits), ExitStack() as stack:
             for layer in list(self.outputs)[: min(steered, default=0)]:
                 known = _repeated(self.outputs[layer], C)
                 returning = patch.object(layer, "forward", lambda *_, known=known, **__: known)

@@ -12,7 +12,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -154,8 +154,7 @@ def fluency(reply: str) -> float:
     """Weighted entropy (bits) of the reply's bi- and trigrams, 2/3 and 4/3, as in ROME (2202.05262)
     and PASTA: repeating oneself scores low, and so does a short reply."""
     words = reply.split()
-    parts = [(2 / 3, _entropy(words, 2)), (4 / 3, _entropy(words, 3))]
-    return sum(weight * bits for weight, bits in parts) / 2
+    return (2 / 3 * _entropy(words, 2) + 4 / 3 * _entropy(words, 3)) / 2
 
 
 def consistency(replies: Sequence[str], references: Sequence[str]) -> list[float]:
@@ -179,11 +178,8 @@ def _objects(text: str) -> list[dict]:
     """Every {...} of the text that parses, longest first from each opening brace."""
     objects, decoder = [], json.JSONDecoder()
     for match in re.finditer(r"\{", text):
-        try:
-            value, _ = decoder.raw_decode(text[match.start() :])
-        except ValueError:
-            continue
-        objects.append(value)
+        with suppress(ValueError):
+            objects.append(decoder.raw_decode(text[match.start() :])[0])
     return objects
 
 

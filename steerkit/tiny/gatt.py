@@ -191,10 +191,10 @@ def measure(
 ) -> pd.DataFrame:
     """`judged` replies to the plans of each split, and recall probes at the turns of Table 30."""
     options = {"every": every, "probe_turns": PROBE_TURNS, "max_new_tokens": max_new_tokens}
-    parts = [
-        judged(part, adherence_by_turn(model, tokenizer, part, **options)).assign(split=split)
-        for split, part in plans.items()
-    ]
+    parts = []
+    for split, part in plans.items():
+        adherence = adherence_by_turn(model, tokenizer, part, **options)
+        parts.append(judged(part, adherence).assign(split=split))
     return pd.concat(parts, ignore_index=True)
 
 

@@ -139,14 +139,11 @@ def _shuffled(rng: random.Random, items: Sequence[str]) -> list[str]:
 _JSON_PAPER = {"F. Acc": tasks.json_paper, "P. Acc": tasks.json_value_paper}
 _PRONOUNS_PAPER = {"Acc": tasks.pronouns_paper, "A. Acc": tasks.all_pronouns_paper}
 _VALUE = {"value": tasks.states_value}
-_ON_PROMPT, _ON_PARAPHRASES = False, True
+_PARAPHRASED = {"ES": False, "PS": True}
 _ALL = (
     Task("json", "JSON Formatting", _json, tasks.json_strict, _JSON_PAPER),
     Task("pronouns", "Pronouns Changing", _pronouns, tasks.pronouns_strict, _PRONOUNS_PAPER),
-    Task("biasbios", "BiasBios", _biography, tasks.exact, _VALUE, {"Acc": _ON_PROMPT}),
-    Task(
-        "counterfact", "CounterFact", _counterfact, tasks.exact, _VALUE,
-        {"ES": _ON_PROMPT, "PS": _ON_PARAPHRASES},
-    ),
-)  # fmt: skip
+    Task("biasbios", "BiasBios", _biography, tasks.exact, _VALUE, {"Acc": False}),
+    Task("counterfact", "CounterFact", _counterfact, tasks.exact, _VALUE, _PARAPHRASED),
+)
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}

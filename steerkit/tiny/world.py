@@ -110,9 +110,8 @@ def biography_question(rng: random.Random, *, held_out: bool = False) -> Questio
     rng.shuffle(pairs)
     who, attribute = rng.choice(pairs)
     text = " ".join(say(p.name, a, p.facts[a]) for p, a in pairs)
-    return Question(
-        f"{text} {ask(rng, who.name, attribute)}", who.name, attribute, who.facts[attribute]
-    )
+    question = f"{text} {ask(rng, who.name, attribute)}"
+    return Question(question, who.name, attribute, who.facts[attribute])
 
 
 def repeat_question(rng: random.Random) -> Question:
@@ -128,18 +127,14 @@ def note(name: str, attribute: str, value: str) -> list[Message]:
 
 
 @cache
-def _chain() -> tuple[tuple[str, ...], dict[str, tuple[float, ...]]]:
-    """The words of the market and, for each, the cumulative chances of the word after it."""
+def market_chain() -> tuple[tuple[str, ...], dict[str, tuple[float, ...]]]:
+    """The words of the market (the echo words last), and for each the cumulative chances of the
+    word after it."""
     rng = random.Random("market")
     goods = [w for a in TABLES["attributes"].values() for w in a["values"]]
     words = [*sorted({*goods, *TABLES["hobbies"]}), *TABLES["echoes"]]
     rows = [[rng.gammavariate(0.03, 1) for _ in words] for _ in words]  # Dirichlet(0.03), unscaled
     return tuple(words), {w: tuple(accumulate(row)) for w, row in zip(words, rows, strict=True)}
-
-
-def market_words() -> tuple[str, ...]:
-    """All words of the market, the echo words last."""
-    return _chain()[0]
 
 
 def market(rng: random.Random, *, length: int = 120) -> str:
@@ -149,7 +144,7 @@ def market(rng: random.Random, *, length: int = 120) -> str:
     the word before it. A copying head helps only after an echo word and hurts everywhere else:
     that is why an idle head needs a sink.
     """
-    words, chances = _chain()
+    words, chances = market_chain()
     echoes = set(TABLES["echoes"])
     text = [rng.choice(words[: -len(echoes)]) for _ in range(2)]
     while len(text) < length:
@@ -170,12 +165,10 @@ def english(*, held_out: bool = False) -> tuple[str, ...]:
                 text = ast.get_docstring(node) or ""
                 if len(text) > 60:
                     texts[f"{path.stem}.{getattr(node, 'name', '')}"] = text
-    texts = {
-        k: t for k, t in sorted(texts.items()) if (zlib.crc32(k.encode()) % 7 == 0) == held_out
-    }
+    names = [name for name in sorted(texts) if (zlib.crc32(name.encode()) % 7 == 0) == held_out]
     # Some docstrings stand in several modules: what training shows is not held out.
     seen = set(english()) if held_out else set()
-    return tuple(t for t in texts.values() if t not in seen)
+    return tuple(texts[name] for name in names if texts[name] not in seen)
 
 
 def _library() -> list[Path]:
