@@ -104,13 +104,3 @@ def lines_of_code(source: str) -> int:
 def test_the_package_stays_small():
     assert lines_of_code('"""Doc.\n\nMore."""\n\n# why\nx = 1  # unit\n') == 1
     assert sum(lines_of_code(path.read_text()) for path in PACKAGE.rglob("*.py")) <= LARGEST
-
-
-def test_imports_are_read_as_python_reads_them(tmp_path):
-    path = tmp_path / "a.py"
-    path.write_text(
-        "import steerkit.chat, os\nfrom steerkit import models, load\n"
-        "from steerkit.tiny.world import ask\ndef f():\n    from steerkit.lab import cli\n"
-    )
-    modules = {"chat", "models", "tiny.world", "lab.cli"}
-    assert imports(path) == {f"steerkit.{name}" for name in modules}

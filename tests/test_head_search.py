@@ -21,7 +21,6 @@ from steerkit.steering.head_search import (
     answer_scores_with_heads,
     bias_slopes,
     chance_overlap,
-    every_head,
     intersection,
     load_table,
     naive_scores,
@@ -190,17 +189,6 @@ def test_other_metrics_make_tables_too(llama):
 # --- on disk -----------------------------------------------------------------------------------
 
 
-def test_a_search_goes_on_where_its_file_ends(llama, table, tmp_path, monkeypatch):
-    path = tmp_path / "t.json"
-    score_heads(llama, some_prompts(), heads=every_head(*SIZE)[:5], path=path)
-    found = score_heads(llama, some_prompts(), path=path)
-    torch.testing.assert_close(found.scores, table.scores, atol=1e-5, rtol=0)
-    monkeypatch.setattr(head_search, "PromptBatch", None)  # the whole table is there
-    again = score_heads(llama, some_prompts(), path=path)
-    assert torch.equal(again.scores, found.scores)
-    assert torch.equal(again.baseline, found.baseline)
-
-
 CHILD = """
 import sys, time, tiny_models
 from steerkit.steering.head_search import PromptBatch, score_heads
@@ -214,15 +202,13 @@ score_heads(tiny_models.tiny("llama"), some_prompts(), tokens=1, path=sys.argv[1
 """
 
 
-def child(*args: str, **options) -> subprocess.Popen:
-    here = os.path.dirname(__file__)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([here, os.environ["PYTHONPATH"]])}
-    return subprocess.Popen([sys.executable, "-c", CHILD, *args], env=env, **options)
+PATH = os.pathsep.join([os.path.dirname(__file__), os.environ["PYTHONPATH"]])
 
 
-def test_a_killed_search_leaves_a_whole_table_and_can_be_finished(llama, table, tmp_path):
+def test_a_killed_search_is_finished_and_not_repeated(llama, table, tmp_path, monkeypatch):
     path = tmp_path / "t.json"
-    running = child(str(path), "0.5")
+    command = [sys.executable, "-c", CHILD, str(path), "0.5"]
+    running = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": PATH})
     while not path.exists():
         assert running.poll() is None
         time.sleep(0.05)
@@ -233,6 +219,9 @@ def test_a_killed_search_leaves_a_whole_table_and_can_be_finished(llama, table, 
     found = score_heads(llama, some_prompts(), path=path)
     torch.testing.assert_close(found.scores, table.scores, atol=1e-5, rtol=0)
     torch.testing.assert_close(found.baseline, table.baseline, atol=1e-5, rtol=0)
+    monkeypatch.setattr(head_search, "PromptBatch", None)  # the whole table is there
+    again = score_heads(llama, some_prompts(), path=path)
+    assert torch.equal(again.scores, found.scores) and torch.equal(again.baseline, found.baseline)
 
 
 @pytest.mark.parametrize(
@@ -266,9 +255,7 @@ def test_two_processes_share_the_heads_and_both_get_the_table(table, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     options = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     options += ["--dynamo_backend", "no", "--main_process_port", "0"]
-    here = os.path.dirname(__file__)
-    path = os.pathsep.join([here, os.environ["PYTHONPATH"]])
-    env = os.environ | {"PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}
+    env = os.environ | {"PYTHONPATH": PATH, "ACCELERATE_USE_CPU": "true"}
     command = [*launch, *options, str(script), str(tmp_path / "t")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -289,7 +276,6 @@ def test_two_processes_share_the_heads_and_both_get_the_table(table, tmp_path):
         ({"spans": [(5, 5)]}, {}, "0 <= start < end"),
         ({"spans": [(5, 99)]}, {}, "prompt 0 of 13 tokens"),
         ({}, {"alpha": 0.0}, "alpha=0.0"),
-        ({}, {"heads": [(2, 0)]}, "L2H0: expected 0 <= layer < 2"),
     ],
 )
 def test_a_bad_request_is_one_clear_error(llama, changes, options, said):
@@ -352,9 +338,11 @@ def test_stability_is_one_where_all_prompts_agree_and_a_coin_where_they_do_not()
 
 
 @pytest.mark.parametrize("k", [0, 9])
-def test_more_heads_than_there_are_cannot_be_chosen(k):
+def test_more_heads_than_there_are_cannot_be_chosen(llama, k):
     with pytest.raises(ValueError, match=f"k={k}: expected 1 <= k <= 8"):
         A.top(k)
+    with pytest.raises(ValueError, match=f"keep={k}"):
+        screen_heads(llama, some_prompts(2), keep=k)
 
 
 # --- screening ---------------------------------------------------------------------------------
@@ -387,12 +375,6 @@ def test_halving_doubles_the_prompts_until_all_are_met(monkeypatch):
     for keep, prompts_met in ((1, [5] * 3 + [2] * 3), (2, [5] * 6)):
         met = screen_heads(model, some_prompts(5), keep=keep).scores.isfinite().sum(0).flatten()
         assert met.sort(descending=True).values.tolist() == prompts_met + [0] * (72 - 6)
-
-
-@pytest.mark.parametrize("keep", [0, 7])
-def test_a_bad_screen_is_one_clear_error(llama, keep):
-    with pytest.raises(ValueError, match=f"keep={keep}"):
-        screen_heads(llama, some_prompts(2), keep=keep)
 
 
 def test_the_regret_is_what_a_worse_choice_costs():

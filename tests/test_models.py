@@ -42,14 +42,6 @@ def test_any_text_encodes_without_unknowns_and_decodes_back_exactly(tiny, text):
     assert tiny[1].decode(ids) == text and tiny[1].unk_token_id not in ids
 
 
-def test_the_template_marks_exactly_the_assistants_tokens(tiny):
-    tokenizer = tiny[1]
-    rows = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Rome it is."}]
-    out = tokenizer.apply_chat_template(rows, return_assistant_tokens_mask=True, return_dict=True)
-    marked = [i for i, m in zip(out["input_ids"], out["assistant_masks"], strict=True) if m]
-    assert tokenizer.decode(marked) == "Rome it is.<|end|>"
-
-
 def test_a_local_directory_loads_in_float32_on_a_cpu_unless_another_type_is_named(checkpoint):
     model, tokenizer = steerkit.load(checkpoint, device="cpu")
     assert model.dtype == torch.float32 and not model.training and len(tokenizer) == 4096

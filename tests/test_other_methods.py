@@ -150,11 +150,8 @@ def test_sharp_attention_keeps_the_strengths_finite() -> None:
         (lambda m: instaboost(m, SPANS, multiplier=0.5), "multiplier=0.5: .* >= 1"),
         (lambda m: instaboost(m, SPANS, multiplier=float("nan")), "multiplier=nan"),
         (lambda m: additive_bias(m, SPANS, float("inf")), "bias=inf: expected a finite"),
-        (lambda m: spotlight(m, SPANS, target=0.0), "target=0.0"),
         (lambda m: spotlight(m, SPANS, target=1.0), "target=1.0: .* 0 < target < 1"),
-        (lambda m: split_softmax(m, SPANS, exponent=0.0), "exponent=0.0"),
         (lambda m: split_softmax(m, SPANS, exponent=1.5), "exponent=1.5"),
-        (lambda m: spotlight(m, [[(3, 3)]]), "row 0"),
         (lambda m: instaboost(m, SPANS, multiplier=2, heads=[Head(0, 4)]), "query heads"),
     ],
 )

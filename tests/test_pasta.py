@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
 from steerkit.attention.hook import AttentionCall, Head, attach, softmax_off_by_one
-from steerkit.attention.record import attention_weights
 from steerkit.steering.key_bias import attend_biased
 from steerkit.steering.pasta import emphasise
 from steerkit.streaming.sink_cache import SinkCache
@@ -319,16 +319,9 @@ def test_a_static_cache_and_keys_from_before_the_with(llama: PreTrainedModel) ->
 
     kept = llama(ids[:, :25]).past_key_values  # read without steering
     with attach(llama, literal(HEADS, factor_of(SPANS, 40, 0.01))):
-        wanted = llama(ids[:, 25:], past_key_values=llama_copy(kept)).logits
+        wanted = llama(ids[:, 25:], past_key_values=deepcopy(kept)).logits
     with emphasise(llama, SPANS, HEADS):
         close(llama(ids[:, 25:], past_key_values=kept).logits, wanted)
-
-
-def llama_copy(cache: DynamicCache) -> DynamicCache:
-    copy = DynamicCache()
-    for i, layer in enumerate(cache.layers):
-        copy.update(layer.keys.clone(), layer.values.clone(), i)
-    return copy
 
 
 @torch.no_grad()
@@ -364,16 +357,6 @@ def test_several_spans_are_their_union_and_a_mask_says_the_same(llama: PreTraine
 
 
 @torch.no_grad()
-def test_each_with_has_its_own_alpha(llama: PreTrainedModel) -> None:
-    # The official library keeps the first log(alpha) for good.
-    ids = tokens(2, 40)
-    for alpha in (0.01, 0.5, 1e-6):
-        with emphasise(llama, SPANS, HEADS, alpha=alpha):
-            ours = llama(ids).logits
-        close(ours, without_cache(llama, ids, factor_of(SPANS, 40, alpha)))
-
-
-@torch.no_grad()
 def test_softmax_off_by_one_keeps_its_zero_sink_at_full_weight() -> None:
     model, ids, factor = tiny("llama", sharpen=2.0), tokens(2, 40), factor_of(SPANS, 40, 0.01)
     everywhere = [Head(layer, index) for layer in range(2) for index in range(4)]
@@ -384,53 +367,11 @@ def test_softmax_off_by_one_keeps_its_zero_sink_at_full_weight() -> None:
             close(model(ids).logits, wanted)
 
 
-@torch.no_grad()
-def test_recorded_weights_inside_are_equation_2_s(llama: PreTrainedModel) -> None:
-    ids, head = tokens(1, 40), Head(0, 1)  # layer 0: steering has not changed its queries
-    plain = attention_weights(llama, ids)
-    with emphasise(llama, SPANS[:1], [head, Head(1, 2)]):
-        steered = attention_weights(llama, ids)
-    wanted = plain[0, 1] * factor_of(SPANS[:1], 40, 0.01)
-    close(steered[0, 1], wanted / wanted.sum(-1, keepdim=True))
-    close(steered[0, [0, 2, 3]], plain[0, [0, 2, 3]])
-    with emphasise(llama, SPANS[:1], [head]), pytest.raises(ValueError, match="ends at token 9"):
-        attention_weights(llama, ids[:, :5])
-
-
 # Errors, and the model afterwards
 
 
 def hooks_of(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-@pytest.mark.parametrize(
-    ("fail", "message"),
-    [("inside", "broken"), ("forward", "index out of range"), ("check", "ends at token 31")],
-)
-@torch.no_grad()
-def test_an_exception_leaves_the_model_as_found(fail: str, message: str) -> None:
-    model, ids = tiny("llama"), tokens(2, 40)
-    before, hooks, wanted = state_of(model), hooks_of(model), model(ids).logits
-    refused = pytest.raises((RuntimeError, IndexError, ValueError), match=message)
-    with refused, emphasise(model, SPANS, HEADS):
-        if fail == "inside":
-            raise RuntimeError("broken")
-        model(ids + 10_000 if fail == "forward" else ids[:, :7])
-    assert (state_of(model), hooks_of(model)) == (before, hooks)
-    assert torch.equal(model(ids).logits, wanted)
-
-
-@pytest.mark.parametrize(("heads", "alpha"), [([Head(0, 0)], 0.01), ([Head(0, 0)], 1), ([], 0.01)])
-def test_nesting_is_refused_whatever_the_heads(
-    llama: PreTrainedModel, heads: list[Head], alpha: float
-) -> None:
-    with emphasise(llama, SPANS, heads, alpha=alpha):
-        inside = state_of(llama), hooks_of(llama)
-        refused = pytest.raises(ValueError, match="already attached")
-        with refused, emphasise(llama, SPANS, [Head(1, 0)]):
-            pass
-        assert (state_of(llama), hooks_of(llama)) == inside
 
 
 @pytest.mark.parametrize("T", [10, 40])
@@ -463,30 +404,24 @@ def forward(B: int, T: int, **inputs: object) -> Callable[[PreTrainedModel], obj
 
 BOOL = torch.zeros(2, 40, dtype=torch.bool)
 BOOL[:, 7] = True
-NAN, PLAIN = float("nan"), forward(2, 40)
+PLAIN = forward(2, 40)
 
 
 @pytest.mark.parametrize(
     ("spans", "heads", "options", "run", "message"),
     [
-        ([[(1, 2)], [(9, 3)]], HEADS, {}, PLAIN, r"row 1"),
         ([[(1, 2)], []], HEADS, {}, PLAIN, "row 1 .* at least one"),
-        ([], HEADS, {}, PLAIN, "no spans"),
         ([(3, 9)], HEADS, {}, PLAIN, r"row 0 .*\[\[\(5, 12\)\]\]"),
         ([[(1, 2)], [(30, 41)]], HEADS, {}, PLAIN, "ends at token 41, past .* prompt of 40"),
         ([[(1, 2)]] * 3, HEADS, {}, PLAIN, "2 rows, spans for 3 prompts"),
         (SPANS, HEADS, {}, padded, r"rows \[1\]: a span covers padding"),
         (SPANS, HEADS, {}, twice, "45 keys, not the 49"),
         (BOOL.long(), HEADS, {}, PLAIN, "int64 .*: expected a bool mask"),
-        (BOOL[0], HEADS, {}, PLAIN, r"shape \(40,\): expected a bool mask \(B, T\)"),
         (BOOL & torch.tensor([[True], [False]]), HEADS, {}, PLAIN, r"rows \[1\] .* are empty"),
         (BOOL, HEADS, {}, forward(2, 39), "mask of 40 tokens, the prompt has 39"),
-        (BOOL, HEADS, {}, lambda m: m.generate(tokens(2, 30), **NEW), "of 40 .* has 30"),
-        (SPANS, [Head(2, 0)], {}, PLAIN, "L2H0: expected 0 <= layer < 2"),
         (SPANS, {"1": [4]}, {}, PLAIN, "L1H4: .* query heads"),
         (SPANS, HEADS, {"alpha": 0.0}, PLAIN, "alpha=0.0: expected 0 < alpha <= 1"),
-        (BOOL, HEADS, {"alpha": 1.001}, PLAIN, "alpha=1.001"),
-        (SPANS, HEADS, {"alpha": NAN}, PLAIN, "alpha=nan"),
+        (BOOL, HEADS, {}, lambda m: m(tokens(2, 40) + 10_000), "index out of range"),
     ],
 )
 @torch.no_grad()
@@ -498,9 +433,10 @@ def test_bad_input_is_one_clear_error(
     run: Callable[[PreTrainedModel], object],
     message: str,
 ) -> None:
-    with pytest.raises(ValueError, match=message), emphasise(llama, spans, heads, **options):
+    hooks, refused = hooks_of(llama), pytest.raises((ValueError, IndexError), match=message)
+    with refused, emphasise(llama, spans, heads, **options):
         run(llama)
-    assert state_of(llama) == ("sdpa", [])
+    assert (state_of(llama), hooks_of(llama)) == (("sdpa", []), hooks)
 
 
 @torch.no_grad()

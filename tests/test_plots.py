@@ -118,13 +118,6 @@ def test_turns_are_marked_where_their_tokens_stand(ax: Axes) -> None:
     assert [(t.xy[1], t.get_text().replace("\\", "")) for t in ax.texts] == list(enumerate(texts))
 
 
-@pytest.mark.parametrize(("turns", "marked"), [(12, 12), (30, 10), (60, 12)])
-def test_many_turns_are_marked_sparsely(ax: Axes, turns: int, marked: int) -> None:
-    talk = [Turn(n + 1, "user", 4 * n, 4 * n + 4) for n in range(turns)]
-    plots.mark_turns(plots.heat_map(ax, np.ones((60, 60))), talk)
-    assert len(ax.get_xticks()) == len(ax.get_yticks()) == marked
-
-
 def test_binned_text_holds_each_token_once_in_the_bins_of_the_map() -> None:
     tokens = [f" t{n}" for n in range(10)]
     expected = [" ".join(f"t{n}" for n in range(10) if n * 4 // 10 == b) for b in range(4)]
@@ -167,8 +160,6 @@ def test_curves_draw_lines_bands_scales_and_legend(ax: Axes) -> None:
     ours, paper = ax.lines
     assert paper.get_color() == "0.6" and ours.get_color() != "0.6"
     assert paper.get_zorder() < ours.get_zorder() and ours.get_markevery() == 1
-    plots.curves(ax, range(120), {"long": range(120)}, xlabel="x", ylabel="y")
-    assert ax.lines[-1].get_markevery() == 10  # about a dozen markers
 
 
 def test_turn_curves_are_means_with_bootstrap_bands(ax: Axes) -> None:

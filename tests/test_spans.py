@@ -1,6 +1,5 @@
 """Spans from text: brute force over all token ranges decides what the right answer is."""
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from steerkit.chat import Batch, Message, dialogue_ids, prompt_ids, reply
+from steerkit.chat import Message, dialogue_ids, prompt_ids
 from steerkit.spans import find_span, find_spans, find_turns, reduce_by_turn
-from steerkit.steering.pasta import emphasise
 
 TEXT = (
     "Reply in French.\n\nAnna likes tea, and the steak tastes of tea. Ça coûte 5 € 😀 naïve. "
@@ -99,21 +97,6 @@ def test_a_phrase_of_a_dialogue_is_found_in_its_prompt(tokenizer):
     for phrase, times in (("Reply in French.", 2), ("What does Anna like?", 1), ("Anna", 3)):
         spans = find_spans(tokenizer, DIALOGUE, phrase)
         assert spans == brute_force(tokenizer, ids, phrase) and len(spans) == times
-
-
-def test_a_padded_batch_is_steered_as_its_prompts_alone(tiny):
-    model, tokenizer = tiny
-    prompts = [DIALOGUE, DIALOGUE[1:2], [Message("user", "Who lives in Rome?")]]
-    spans = [[find_span(tokenizer, p, p[0].content, occurrence=0)] for p in prompts]
-
-    def steered(*indices: int) -> list[str]:
-        def steer(batch: Batch) -> AbstractContextManager:
-            return emphasise(model, batch.move([spans[i] for i in indices]), [(0, 0), (1, 1)])
-
-        chosen = [prompts[i] for i in indices]
-        return reply(model, tokenizer, chosen, steer=steer, max_new_tokens=8)
-
-    assert steered(0, 1, 2) == [*steered(0), *steered(1), *steered(2)]
 
 
 # Turns

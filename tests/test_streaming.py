@@ -350,16 +350,6 @@ def test_beam_search_reorders_the_streams(llama: PreTrainedModel) -> None:
     assert torch.equal(llama.generate(ids, past_key_values=cache, **new), plain)
 
 
-def test_reset_starts_a_new_stream(llama: PreTrainedModel) -> None:
-    cache = SinkCache(llama, sinks=2, window=10)
-    with torch.no_grad():
-        llama(tokens(1, 40, seed=1), past_key_values=cache)
-        cache.reset()
-        again = llama(tokens(2, 30), past_key_values=cache).logits
-        fresh = llama(tokens(2, 30), past_key_values=SinkCache(llama, sinks=2, window=10)).logits
-    assert torch.equal(again, fresh)
-
-
 def test_the_cache_leaves_no_hook_behind() -> None:
     llama = tiny("llama")
     cache = SinkCache(llama)
@@ -380,7 +370,9 @@ def test_an_interrupted_forward_is_not_continued_silently(llama: PreTrainedModel
         with pytest.raises(ValueError, match="did not finish"):
             llama(tokens(1, 1), past_key_values=cache)
         cache.reset()
-        llama(tokens(1, 40), past_key_values=cache)
+        again = llama(tokens(2, 30), past_key_values=cache).logits
+        fresh = llama(tokens(2, 30), past_key_values=SinkCache(llama, window=8)).logits
+    assert torch.equal(again, fresh)
 
 
 @pytest.mark.parametrize(
@@ -421,15 +413,10 @@ LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     ("name", "changes", "message"),
     [
         ("gpt2", {}, "learned positions"),
-        ("gptj", {}, "AttentionInterface"),
         ("mistral", {"sliding_window": 30}, "sliding_window.*sinks . window <= 29"),
         ("gemma3", {"sliding_window": 30}, "layer 0 sees only the last 30"),
         ("llama", {"rope_parameters": DYNAMIC}, "'dynamic' changes its frequencies"),
-        (
-            "phi3",
-            {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64},
-            "'longrope' changes its frequencies",
-        ),
+        ("llama", {"rope_parameters": LONGROPE}, "'longrope' changes its frequencies"),
     ],
 )
 def test_unstreamable_models_are_refused(
