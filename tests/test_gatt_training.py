@@ -167,6 +167,8 @@ with PartialState().split_between_processes(t.PLANS) as mine:
     replies = gather_object(t.greedy_replies(tokenizer, mine))
 if PartialState().is_main_process:
     t.Path({out!r}, "both.json").write_text(json.dumps([[e["loss"] for e in log], replies]))
+PartialState().wait_for_everyone()  # a process that ends early aborts the other
+PartialState().destroy_process_group()
 """
 PLANS = [sample.plan for sample in samples(5, turns=2)]
 
@@ -220,10 +222,11 @@ def test_two_processes_are_one(tiny, tmp_path):
     out = tmp_path / "two"
     path = script(tmp_path, out, SCRIPT + SAMPLE, steps=4, batch=2, rows=4)
     launch = f"{sys.executable} -m accelerate.commands.launch --multi_gpu --num_processes 2"
-    launch += f" --num_machines 1 --mixed_precision no --dynamo_backend no {path}"
+    launch += " --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0 "
+    command = (launch + path).split()
     # With --cpu, `accelerate launch` starts one process, whatever --num_processes says.
     env = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(launch.split(), capture_output=True, text=True, timeout=600, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     options = {"out": tmp_path / "one", "settings": replace(SMALL, batch=4, save_every=4)}
     _, expected = train(small_model(tiny[1]), tiny[1], ROWS[:4], **options)

@@ -250,6 +250,8 @@ def test_two_processes_share_the_heads_and_both_get_the_table(table, tmp_path):
         "assert state.num_processes == 2\n"
         "found = score_heads(tiny_models.tiny('llama'), some_prompts(), path=sys.argv[1])\n"
         "found.save(sys.argv[1] + f'.of{state.process_index}')\n"
+        "state.wait_for_everyone()\n"  # a process that ends early aborts the other
+        "state.destroy_process_group()\n"
     )
     # On a CPU accelerate starts several processes by mpirun, or by torch's launcher, as here.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
