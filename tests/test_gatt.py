@@ -118,7 +118,56 @@ def test_only_verified_replies_are_taught_and_the_other_arm_has_the_same_dialogu
     (row,) = gatt.make_rows(samples)
     assert len(row["prompt"]) == 5
     whole = {"messages": row["prompt"] + row["completion"]}
-    assert gatt_results.all_turns(None, None, samples, 0) == [whole]
+    dialogues = gatt_results.Dialogues(samples, [], [])
+    assert gatt_results.all_turns("own")(None, None, dialogues, 0) == [whole]
+
+
+def test_the_history_may_be_anothers_the_taught_reply_stays():
+    """Six dialogues, three kinds of history: two dialogues each, whole, and nothing else changes."""
+    samples = [a_sample()._replace(replies=(f"{n}0", f"{n}1", f"{n}2", f"{n}3")) for n in range(6)]
+    neutral, rival = ([s._replace(replies=(w,) * 4) for s in samples] for w in ("plain", "rival"))
+    own = gatt.make_rows(samples)
+    rows = gatt.make_rows(samples, histories=[samples, neutral, rival])
+    assert gatt.make_rows(samples, histories=[samples]) == own
+    kinds = {}
+    for row, paper in zip(rows, own, strict=True):
+        assert row["completion"] == paper["completion"]
+        assert row["prompt"][::2] == paper["prompt"][::2]  # what the user says
+        dialogue = row["completion"][0]["content"][0]
+        earlier = {m["content"] for m in row["prompt"][1::2]}
+        kinds.setdefault(dialogue, set()).add("own" if len(earlier) > 1 else earlier.pop()[:5])
+    kinds = [{k if k in ("plain", "rival") else "own" for k in found} for found in kinds.values()]
+    assert sorted(map(tuple, kinds)) == [(k,) for k in ("own", "plain", "rival") for _ in "12"]
+    with pytest.raises(ValueError, match="one sample a dialogue"):
+        gatt.make_rows(samples, histories=[samples, neutral[:2]])
+
+
+def test_competing_plans_ask_the_same_under_another_instruction_of_the_family():
+    plans = tiny_gatt.training_plans(0)
+    for plan, rival in zip(plans, gatt.competing_plans(plans), strict=True):
+        assert rival.questions == plan.questions and rival.instruction
+        assert not set(rival.constraints) & set(plan.constraints)
+        shared = {c.family for c in rival.constraints} & {c.family for c in plan.constraints}
+        only = {f for f in FAMILIES if len(values(f)) == 1}
+        assert shared or not {c.family for c in plan.constraints} - only
+    with pytest.raises(ValueError, match="no other dialogue"):
+        gatt.competing_plans(plans[1:2])
+
+
+@pytest.mark.parametrize("name", ["neutral", "competing", "stops", "mixed"])
+def test_written_histories_are_right_and_obey_or_do_not(name):
+    obeyed = torch.tensor([0.0, 0.0])
+    for plan in tiny_gatt.evaluation_plans(0, 4, held_out=False, families=["figure", "language"]):
+        texts = [tiny_gatt.HISTORIES[name](plan, turn) for turn in range(20)]
+        assert all(plan.right(turn, text) for turn, text in enumerate(texts))
+        halves = [[plan.constraints[0].obeyed(x) for x in part] for part in (texts[:5], texts[5:])]
+        obeyed += torch.tensor([sum(half) / len(half) for half in halves]) / 8
+    early, late = obeyed.tolist()
+    bounds = {"neutral": (0, 0), "competing": (0, 0), "stops": (1, 0)}
+    if name == "mixed":
+        assert 0.15 < late < 0.5
+    else:
+        assert (early, late) == pytest.approx(bounds[name])
 
 
 def test_rows_are_cut_at_every_probe():
@@ -137,7 +186,7 @@ def test_pairs_reject_what_the_model_said_and_failed(tiny):
     samples = gatt.sample_dialogues(*tiny, [*instructed, quiet], candidates=1)
     plans = {s.plan.message(0, every=False): s.plan for s in samples}
     counts = Counter()
-    for row in gatt_results.pairs(*tiny, samples, 0):
+    for row in gatt_results.pairs(*tiny, gatt_results.Dialogues(samples, [], []), 0):
         plan, t = plans[row["prompt"][0]["content"]], len(row["prompt"]) // 2
         chosen, rejected = (row[key][0]["content"] for key in ("chosen", "rejected"))
         assert plan.verified(t, chosen)

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from steerkit.gatt.dialogues import (
     Sample,
     Tokenizer,
     choose_replies,
+    competing_plans,
     history,
     make_rows,
+    neutral_plans,
     sample_dialogues,
 )
 from steerkit.gatt.evaluation import adherence_by_turn
@@ -39,11 +42,11 @@ from steerkit.models import load
 from steerkit.results import versions
 from steerkit.tiny.gatt import (
     DIALOGUES,
-    competing,
+    HISTORIES,
     evaluation_plans,
     judged,
     measure,
-    neutral,
+    obeying,
     training_plans,
 )
 from steerkit.tiny.world import answer, fact_question, repeat_question
@@ -51,25 +54,75 @@ from steerkit.tiny.world import answer, fact_question, repeat_question
 SEEDS = (3, 4, 5)  # fresh ones: the recipe was chosen on 0, 1 and 2
 UNSEEN = ("hobby", "json")  # kept out of the arm "unseen families", and measured there
 CANDIDATES = 2
-
-# Training data of an arm: (base, tokenizer, samples, seed) -> rows
-MakeRows = Callable[[Model, Tokenizer, Sequence[Sample], int], list[Row]]
-
-
-def last_turn(_: Model, __: Tokenizer, samples: Sequence[Sample], seed: int) -> list[Row]:
-    return make_rows(samples, seed=seed)
+FOREIGN = 4  # dialogues per family, split and seed on each history that is not the model's own
+WRITTEN = tuple(name for name, forced in HISTORIES.items() if forced)
 
 
-def all_turns(_: Model, __: Tokenizer, samples: Sequence[Sample], seed: int) -> list[Row]:
+@dataclass(frozen=True)
+class Dialogues:
+    """What one seed's trainings are made of. The questions are the same, dialogue by dialogue."""
+
+    own: list[Sample]  # sampled with the instruction in every message, and verified
+    neutral: list[Sample]  # sampled without any instruction
+    competing: list[Sample]  # sampled under another dialogue's instruction
+
+
+@cache
+def sampled(seed: int) -> Dialogues:
+    """The dialogues of one seed, the same for all arms."""
+    base, tokenizer = load("tiny")
+    plans = training_plans(seed)
+    own = sample_dialogues(base, tokenizer, plans, candidates=CANDIDATES, seed=seed)
+    others = neutral_plans(plans), competing_plans(plans, seed=seed)
+    once = partial(sample_dialogues, base, tokenizer, candidates=1)
+    return Dialogues(own, *(once(kind, seed=seed + i) for i, kind in enumerate(others, 100)))
+
+
+# Training data of an arm: (base, tokenizer, dialogues, seed) -> rows
+MakeRows = Callable[[Model, Tokenizer, Dialogues, int], list[Row]]
+
+
+def last_turn(*kinds: str, templates: bool = False) -> MakeRows:
+    """GAtt's rows behind these `kinds` of histories, sampled or by `templates`."""
+
+    def rows(_: Model, __: Tokenizer, dialogues: Dialogues, seed: int) -> list[Row]:
+        histories = [getattr(dialogues, kind) for kind in kinds]
+        if templates:
+            texts = HISTORIES | {"own": obeying}
+            histories = [written(dialogues.own, texts[kind]) for kind in kinds]
+        return make_rows(dialogues.own, histories=histories, seed=seed)
+
+    return rows
+
+
+def written(samples: Sequence[Sample], forced: Callable[[Plan, int], str]) -> list[Sample]:
+    """The same dialogues with replies by a template; at a probe it knows of no instruction."""
+    unstated = {p.question: p.answer_without for f in FAMILIES if (p := Constraint(f, "").probe)}
+    return [
+        s._replace(
+            replies=tuple(
+                unstated.get(question.text) or forced(s.plan, turn)
+                for turn, question in enumerate(s.plan.questions)
+            )
+        )
+        for s in samples
+    ]
+
+
+def all_turns(*kinds: str) -> MakeRows:
     """The same dialogues as whole messages: TRL then puts the loss on every assistant turn.
 
     This is the ablation that the paper argues against and does not measure.
     """
-    rows = make_rows(samples, seed=seed)
-    return [{"messages": row["prompt"] + row["completion"]} for row in rows]
+
+    def rows(model: Model, tokenizer: Tokenizer, dialogues: Dialogues, seed: int) -> list[Row]:
+        cut = last_turn(*kinds)(model, tokenizer, dialogues, seed)
+        return [{"messages": row["prompt"] + row["completion"]} for row in cut]
+
+    return rows
 
 
-def pairs(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], seed: int) -> list[Row]:
+def pairs(model: Model, tokenizer: Tokenizer, dialogues: Dialogues, seed: int) -> list[Row]:
     """DPO's rows {"prompt", "chosen", "rejected"}, with GAtt's prompts.
 
     Chosen is the verified reply that was sampled with the instruction repeated. Rejected is the
@@ -77,9 +130,10 @@ def pairs(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], seed: i
     Without an instruction nothing fails. There the rejected reply follows the instruction of
     another dialogue, slipped into the last message; otherwise DPO would only ever learn to obey.
     """
-    rng = random.Random(seed)
+    rng, samples = random.Random(seed), dialogues.own
     instructions = [s.plan.instruction for s in samples if s.plan.instruction]
-    replies, rows = choose_replies(samples, seed=seed), make_rows(samples, seed=seed)
+    chosen, rows = choose_replies(samples, seed=seed), make_rows(samples, seed=seed)
+    replies = [(samples[i], turn) for i, turn in chosen]
     prompts = []
     for (sample, _), row in zip(replies, rows, strict=True):
         *before, last = row["prompt"]
@@ -99,8 +153,8 @@ def pairs(model: Model, tokenizer: Tokenizer, samples: Sequence[Sample], seed: i
     ]
 
 
-def seen_families(_: Model, __: Tokenizer, samples: Sequence[Sample], seed: int) -> list[Row]:
-    return make_rows(without_families(samples), seed=seed)
+def seen_families(_: Model, __: Tokenizer, dialogues: Dialogues, seed: int) -> list[Row]:
+    return make_rows(without_families(dialogues.own), seed=seed)
 
 
 def without_families(samples: Sequence[Sample], families: Sequence[str] = UNSEEN) -> list[Sample]:
@@ -124,17 +178,24 @@ class Arm:
     every: bool = False  # the instruction in each message
     families: Sequence[str] | None = None  # measured; None: all
     side_effects: bool = True
-    foreign_histories: bool = False
+    histories: Sequence[str] = ()  # measured beside the model's own
 
 
 # DPO reads each dialogue eight times (two replies, two models, forth and back): fewer rows.
 DPO = Settings(lr=1e-3, steps=120, batch=4, sft_weight=1.0)
 ARMS = {
-    "base": Arm(foreign_histories=True),
-    "every turn": Arm(every=True, side_effects=False),
-    "all turns": Arm(all_turns),
-    "gatt": Arm(last_turn, n=22, foreign_histories=True),
-    "dpo": Arm(pairs, DPO),
+    "base": Arm(histories=WRITTEN),
+    "every turn": Arm(every=True, histories=WRITTEN, side_effects=False),
+    "gatt": Arm(last_turn("own"), n=22, histories=WRITTEN),
+    "gatt mixed": Arm(last_turn("own", "neutral", "competing"), n=22, histories=WRITTEN),
+    "all turns": Arm(all_turns("own"), histories=WRITTEN),
+    "all turns mixed": Arm(all_turns("own", "neutral", "competing"), histories=WRITTEN),
+    "dpo": Arm(pairs, DPO, histories=WRITTEN),
+    # Each kind of history left out once, and the same kinds by templates.
+    "without competing": Arm(last_turn("own", "neutral"), histories=WRITTEN),
+    "without neutral": Arm(last_turn("own", "competing"), histories=WRITTEN),
+    "without own": Arm(last_turn("neutral", "competing"), histories=WRITTEN),
+    "templates": Arm(last_turn("own", "neutral", "competing", templates=True), histories=WRITTEN),
     "unseen families": Arm(seen_families, n=22, families=UNSEEN, side_effects=False),
 }
 
@@ -143,22 +204,19 @@ ARMS = {
 
 
 def measure_arm(arm: Arm, model: Model, tokenizer: Tokenizer, seed: int) -> pd.DataFrame:
-    """All judged replies of one model: its own history, and with some arms written ones."""
-    plans = {
-        split: evaluation_plans(seed, arm.n, held_out=split == "held-out", families=arm.families)
-        for split in ("seen", "held-out")
-    }
-    own = measure(model, tokenizer, plans, every=arm.every)
-    tables = [own.assign(seed=seed, history="own")]
-    for name, forced in (("neutral", neutral), ("competing", competing)):
-        if arm.foreign_histories:
-            families = [f for f in FAMILIES if name == "neutral" or len(values(f)) > 1]
-            n = 24 // len(families)
-            plans = evaluation_plans(seed, n, held_out=False, families=families)
-            adherence = adherence_by_turn(model, tokenizer, plans, forced=forced)
-            foreign = judged(plans, adherence)
-            tables.append(foreign.assign(split="seen", seed=seed, history=name))
-    return pd.concat(tables, ignore_index=True)
+    """All judged replies of one model, on its own history and on the written ones."""
+    tables = []
+    for split in ("seen", "held-out"):
+        options = {"held_out": split == "held-out", "families": arm.families}
+        own = {split: evaluation_plans(seed, arm.n, **options)}
+        tables.append(measure(model, tokenizer, own, every=arm.every).assign(history="own"))
+        for name in arm.histories:
+            plans = evaluation_plans(seed, FOREIGN, **options)
+            if name in ("competing", "mixed"):  # no rival of an only value
+                plans = [p for p in plans if len(values(p.constraints[0].family)) > 1]
+            adherence = adherence_by_turn(model, tokenizer, plans, forced=HISTORIES[name])
+            tables.append(judged(plans, adherence).assign(split=split, history=name))
+    return pd.concat(tables, ignore_index=True).assign(seed=seed)
 
 
 def side_effects(model: Model, tokenizer: Tokenizer, seed: int) -> dict[str, Any]:
@@ -257,12 +315,11 @@ def run_arm(name: str, seed: int, out: Path) -> None:
     start, model = time.perf_counter(), base
     if arm.rows is not None:
         settings = replace(arm.settings, seed=seed)
-        plans = training_plans(seed)
-        samples = sample_dialogues(base, tokenizer, plans, candidates=CANDIDATES, seed=seed)
+        dialogues = sampled(seed)
         run |= {"settings": asdict(settings), "dialogues": DIALOGUES, "candidates": CANDIDATES}
-        run |= {"verified": sum(sum(s.verified) for s in samples)}
+        run |= {"verified": sum(sum(s.verified) for s in dialogues.own)}
         run |= {"sampled_s": time.perf_counter() - start}
-        rows = arm.rows(base, tokenizer, samples, seed)
+        rows = arm.rows(base, tokenizer, dialogues, seed)
         model, log = train(base, tokenizer, rows, out=out / stem, settings=settings, resume=True)
         run |= {"rows": len(rows), "log": log}
     run["trained_s"] = time.perf_counter() - start

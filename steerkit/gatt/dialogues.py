@@ -9,7 +9,7 @@ Axes: N dialogues, K candidates of each reply.
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -171,12 +171,24 @@ def history(sample: Sample, turn: int, *, every: bool = False) -> list[Message]:
     return [*messages, Message("user", sample.plan.message(turn, every=every))]
 
 
-def make_rows(samples: Sequence[Sample], *, per_dialogue: int = 6, seed: int = 0) -> list[Row]:
+def make_rows(
+    samples: Sequence[Sample],
+    *,
+    histories: Sequence[Sequence[Sample]] | None = None,
+    per_dialogue: int = 6,
+    seed: int = 0,
+) -> list[Row]:
     """GAtt's training rows: {"prompt": history, "completion": the reply at one turn}.
 
     Each dialogue gives `per_dialogue` rows, cut at its probes and at random turns after the first.
     TRL puts no loss on a prompt, so all earlier turns, assistant messages included, carry none.
     Only verified replies are taught.
+
+    So the earlier replies may be anything. In the paper they are the sample's own, which obey.
+    `histories` names other kinds: each is one sample a dialogue that answers the same questions,
+    without the instruction (`neutral_plans`) or under another one (`competing_plans`), or `samples`
+    themselves. Each dialogue draws one kind for all its rows. What obeys is then, now and again,
+    the taught reply alone, and the instruction must be read.
 
     >>> import steerkit
     >>> from steerkit.constraints import Constraint
@@ -189,24 +201,53 @@ def make_rows(samples: Sequence[Sample], *, per_dialogue: int = 6, seed: int = 0
     >>> row["completion"]
     [{'role': 'assistant', 'content': 'Rome. I love chess.'}]
     """
+    kinds = [samples] if histories is None else histories
+    lengths = [[len(sample.replies) for sample in kind] for kind in [samples, *kinds]]
+    if any(length != lengths[0] for length in lengths):
+        raise ValueError("histories: expected one sample a dialogue, with as many replies")
+    # Kinds take turns in a random order, so that each gets its share of a few dialogues, too.
+    order = random.Random(f"histories {seed}").sample(range(len(samples)), len(samples))
+    replies = {i: kinds[n % len(kinds)][i].replies for n, i in enumerate(order)}
     rows = []
-    for sample, turn in choose_replies(samples, per_dialogue=per_dialogue, seed=seed):
-        prompt = [message._asdict() for message in history(sample, turn)]
-        completion = [Message("assistant", sample.replies[turn])._asdict()]
+    for i, turn in choose_replies(samples, per_dialogue=per_dialogue, seed=seed):
+        written = samples[i]._replace(replies=replies[i])
+        prompt = [message._asdict() for message in history(written, turn)]
+        completion = [Message("assistant", samples[i].replies[turn])._asdict()]
         rows.append({"prompt": prompt, "completion": completion})
     return rows
 
 
+def neutral_plans(plans: Sequence[Plan]) -> list[Plan]:
+    """The same questions without the instruction: sampled, they give histories that ignore it."""
+    return [replace(plan, constraints=(), instruction="", probes=()) for plan in plans]
+
+
+def competing_plans(plans: Sequence[Plan], *, seed: int = 0) -> list[Plan]:
+    """The same questions under the instruction of another dialogue, of the same family if there is
+    one: sampled, they give histories that obey something else."""
+    rng, competing = random.Random(seed), []
+    for plan in plans:
+        others = [p for p in plans if p.constraints and not {*p.constraints} & {*plan.constraints}]
+        if not others:
+            raise ValueError(f"{plan.instruction!r}: no other dialogue has another instruction")
+        families = {c.family for c in plan.constraints}
+        rivals = [p for p in others if families & {c.family for c in p.constraints}]
+        other = rng.choice(rivals or others)
+        changes = {"constraints": other.constraints, "instruction": other.instruction}
+        competing.append(replace(plan, **changes, probes=()))
+    return competing
+
+
 def choose_replies(
     samples: Sequence[Sample], *, per_dialogue: int = 6, seed: int = 0
-) -> list[tuple[Sample, int]]:
-    """Verified replies to teach, shuffled: (dialogue, turn)."""
+) -> list[tuple[int, int]]:
+    """Verified replies to teach, shuffled: (dialogue, turn), both from 0."""
     rng, chosen = random.Random(seed), []
-    for sample in samples:
+    for i, sample in enumerate(samples):
         turns = [t for t in range(1, len(sample.replies)) if sample.verified[t]]
         probes = [t for t in turns if t in sample.plan.probes][:per_dialogue]
         others = [t for t in turns if t not in probes]
         more = rng.sample(others, min(per_dialogue - len(probes), len(others)))
-        chosen += [(sample, t) for t in probes + more]
+        chosen += [(i, t) for t in probes + more]
     rng.shuffle(chosen)
     return chosen

@@ -157,10 +157,9 @@ def mixed_plans(n: int, *, turns: int, seed: str) -> list[Plan]:
 # Forced histories: replies written by us instead of the model
 
 
-def world_reply(plan: Plan, turn: int, constraints: Sequence[Constraint]) -> str:
-    """The tiny world's reply to a plan's message at `turn` (from 0) under these constraints."""
-    q = plan.questions[turn]
-    return answer(q.subject, q.attribute, q.value, constraints)
+def obeying(plan: Plan, turn: int) -> str:
+    """A right reply that obeys: the history of a perfect model."""
+    return world_reply(plan, turn, plan.constraints)
 
 
 def neutral(plan: Plan, turn: int) -> str:
@@ -176,6 +175,31 @@ def competing(plan: Plan, turn: int) -> str:
         if others:
             rivals.append(c._replace(value=random.Random(f"{c} {turn}").choice(others)))
     return world_reply(plan, turn, rivals)
+
+
+def stops(plan: Plan, turn: int) -> str:
+    """Obeys for five turns, then ignores the instruction."""
+    return obeying(plan, turn) if turn < 5 else neutral(plan, turn)
+
+
+def mixed(plan: Plan, turn: int) -> str:
+    """Obeys, ignores the instruction, or obeys another one: drawn anew at each turn."""
+    return random.Random(f"{plan} {turn}").choice([obeying, neutral, competing])(plan, turn)
+
+
+def world_reply(plan: Plan, turn: int, constraints: Sequence[Constraint]) -> str:
+    """The tiny world's reply to a plan's message at `turn` (from 0) under these constraints."""
+    q = plan.questions[turn]
+    return answer(q.subject, q.attribute, q.value, constraints)
+
+
+HISTORIES = {
+    "own": None,  # the model's replies stay
+    "neutral": neutral,
+    "competing": competing,
+    "stops": stops,
+    "mixed": mixed,
+}
 
 
 # Measurements
