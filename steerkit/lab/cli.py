@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from steerkit.files import NOTEBOOKS
 from steerkit.results import versions
 
 PROFILES = ("smoke", "cpu", "gpu")
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="say which exercises of a student's copy are right")
     check.add_argument("notebooks", type=Path, nargs="+", metavar="NOTEBOOK")
     check.add_argument("--profile", default="smoke", choices=PROFILES)
+    check.add_argument("--key", type=Path, default=NOTEBOOKS, help="default: the kit's notebooks")
     return parser
 
 
@@ -101,7 +103,7 @@ def _check(args: argparse.Namespace) -> int:
     states = []
     for path in args.notebooks:
         print(path, flush=True)
-        for number, state in enumerate(exercises.grade(path, args.profile), start=1):
+        for number, state in enumerate(exercises.grade(path, args.profile, args.key), start=1):
             print(f"  Exercise {number}: {state}")
             states.append(state)
     return 0 if set(states) == {exercises.RIGHT} else 1

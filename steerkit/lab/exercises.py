@@ -17,10 +17,10 @@ import nbformat
 from IPython.display import display
 from nbformat import NotebookNode
 
-from steerkit.files import write_text
+from steerkit.files import NOTEBOOKS, write_text
 
 TAG = "exercise"
-RIGHT, OPEN = "right", "not done yet"
+RIGHT, OPEN, GONE = "right", "not done yet", "no verdict: its cell is gone"
 QUESTION = re.compile(r"\*\*(\d+) \(\d+ minutes\)\.\*\*.*?(\s*\*Hint: (.+?)\*\s*)\Z", re.DOTALL)
 ANSWER = re.compile(
     r"(?P<given>.*?)^# Solution\b.*?\n(?P<solution>.*?)"
@@ -56,7 +56,7 @@ def exercise(number: int, *answers: Any) -> Iterator[None]:
 def student_copy(notebook: NotebookNode) -> NotebookNode:
     """A copy without solutions, with folded hints; ValueError names a malformed exercise."""
     copy = deepcopy(notebook)
-    places = [i for i, cell in enumerate(copy.cells) if TAG in cell.metadata.get("tags", [])]
+    places = [copy.cells.index(cell) for cell in _tagged(copy, TAG)]
     for number, place in enumerate(places, start=1):
         question, code = copy.cells[place - 1], copy.cells[place]
         asked, answer = QUESTION.search(question.source), ANSWER.fullmatch(code.source)
@@ -99,37 +99,54 @@ def write_copies(notebooks: Sequence[Path], out: Path) -> list[Path]:
     return list(texts)
 
 
-def grade(path: Path, profile: str) -> list[str]:
+def grade(path: Path, profile: str, key: Path = NOTEBOOKS) -> list[str]:
     """Run a copy of a student's notebook, and say of each exercise: right, not done yet,
-    wrong: ..., or not reached: ..."""
+    wrong: ..., not reached: ..., or no verdict.
+
+    The assertions are those of the notebook of this name in the folder `key`; the student's own
+    are not executed. Of several cells for one exercise the last one counts.
+    """
     from steerkit.lab import runner
 
+    originals = [file for file in key.glob("*.ipynb") if path.stem.startswith(file.stem)]
+    if not originals:
+        raise ValueError(f"{path}: no notebook in {key} has its name, and the assertions to check")
     notebook = nbformat.read(path, as_version=4)
-    if not _tagged(notebook):
-        raise ValueError(f"{path}: no cell is tagged {TAG}: make a copy with `steerkit student`")
-    for cell in _tagged(notebook):
-        cell.metadata["tags"].append("raises-exception")  # a wrong answer, and on to the next
+    exercises = _tagged(nbformat.read(originals[0], as_version=4), TAG)
+    for number, original in enumerate(exercises, start=1):
+        _put_assertions(notebook, number, original)
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / path.name
         nbformat.write(notebook, trial)
         values, out = runner.overrides(trial, profile), Path(folder) / "runs"
         outcome = runner.execute(trial, values, profile, out, cwd=path.parent.resolve())
         executed = nbformat.read(outcome.executed, as_version=4)
-    return [_state(cell, outcome.error) for cell in _tagged(executed)]
+    attempts = [_tagged(executed, f"attempt-{number + 1}") for number in range(len(exercises))]
+    return [_state(cells[-1], outcome.error) if cells else GONE for cells in attempts]
 
 
-def _tagged(notebook: NotebookNode) -> list[NotebookNode]:
-    return [cell for cell in notebook.cells if TAG in cell.metadata.get("tags", [])]
+def _tagged(notebook: NotebookNode, tag: str) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+
+
+def _put_assertions(notebook: NotebookNode, number: int, original: NotebookNode) -> None:
+    """End a student's cells for an exercise with the original's block instead of their own."""
+    check = ANSWER.fullmatch(original.source)["check"]
+    block = re.compile(rf"^with {TAG}\({number}\b.*", re.DOTALL | re.MULTILINE)
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and (cell.id == original.id or block.search(cell.source)):
+            answer = block.sub("", cell.source)
+            cell.source = f"{answer}\nfrom steerkit.lab.exercises import {TAG}\n{check}"
+            # After a wrong answer on to the next exercise.
+            cell.metadata["tags"] = ["raises-exception", f"attempt-{number}"]
 
 
 def _state(cell: NotebookNode, error: str | None) -> str:
-    """From an executed exercise's outputs: the block's own line, or what was raised."""
-    for output in cell.outputs:
+    """From an executed exercise's last output: the block's own line, or what was raised."""
+    for output in reversed(cell.outputs):
         if output.output_type == "error":
             return f"wrong: {output.ename}: {output.evalue}".rstrip(": ")
         shown = output.get("data", {}).get("text/plain", "")
         if match := re.fullmatch(rf"Exercise \d+: ({RIGHT}|{OPEN})\.", shown):
             return match[1]
-    if cell.execution_count is None:
-        return f"not reached: {error}"
-    return f"no verdict: its block `with {TAG}(...)` is gone"
+    return GONE if cell.execution_count else f"not reached: {error}"
