@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from test_attention import SERVED, eager_weights, state_of
-from tiny_models import tiny, tokens
+from tiny_models import V, tiny, tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import BertConfig, BertForMaskedLM
 from transformers import PreTrainedModel as Model
 
 from steerkit.attention.hook import (
@@ -21,7 +22,7 @@ from steerkit.attention.hook import (
     use_attention_function,
 )
 from steerkit.attention.maps import attention_map, attention_received, span_attention, span_share
-from steerkit.attention.record import attention_weights
+from steerkit.attention.record import attention_weights, mean_weight_on_key
 from steerkit.steering.other_methods import spotlight
 from steerkit.steering.pasta import emphasise
 
@@ -30,14 +31,16 @@ SPANS = [(4, 9), (7, 12), (40, 41)]
 INSIDE = [t for t in range(T) if 4 <= t < 12 or t == 40]
 
 
-def by_hand(weights: Tensor, value: Callable[[list[float]], float], skip: int = 0) -> Tensor:
+def by_hand(
+    weights: Tensor, value: Callable[[list[float]], float], skip: int = 0, causal: bool = True
+) -> Tensor:
     """weights (N,T,T) -> (BINS, BINS): `value` of a list of all causal pairs of a cell."""
     out = torch.zeros(BINS, BINS)
     for a in range(BINS):
-        for b in range(a + 1):
+        for b in range(BINS):
             rows = [i for i in range(T) if i * BINS // T == a]
             keys = [j for j in range(skip, T) if j * BINS // T == b]
-            pairs = [(i, j) for i in rows for j in keys if j <= i]
+            pairs = [(i, j) for i in rows for j in keys if j <= i or not causal]
             values = [w[i, j].item() for w in weights for i, j in pairs]
             out[a, b] = value(values) if values else 0
     return out
@@ -63,6 +66,27 @@ def test_maps_and_shares_equal_brute_force_on_eager_weights(name: str) -> None:
     close(peak, weights[..., INSIDE].amax(-1))
     assert torch.equal(span_share(model, ids, SPANS), share)
     assert state_of(model) == ("sdpa", [])
+
+
+def test_bidirectional_models_show_the_weights_on_later_keys() -> None:
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = BertForMaskedLM(BertConfig(vocab_size=V, intermediate_size=48, **size)).eval()
+    ids = tokens(1, T)
+    for parameter in model.parameters():
+        parameter.data.mul_(4 if parameter.ndim > 1 else 1)
+    model.set_attn_implementation("eager")
+    weights = eager_weights(model, ids)[:, 0]
+    model.set_attn_implementation("sdpa")
+    close = partial(torch.testing.assert_close, atol=1e-6, rtol=1e-4)
+    close(attention_weights(model, ids), weights)
+    close(mean_weight_on_key(model, ids, k=40, first=50)[0], weights[:, :, 50:, 40].mean(-1))
+    close(span_share(model, ids, SPANS), weights[..., INSIDE].sum(-1))
+    flat = weights.flatten(0, 1)
+    close(attention_map(model, ids, bins=BINS), by_hand(flat, max, causal=False))
+    cells = attention_map(model, ids, bins=BINS, reduce="mean", skip=SKIP)
+    close(cells, by_hand(flat, mean, SKIP, causal=False))
+    close(attention_map(model, ids, bins=1, reduce="mean"), flat.mean()[None, None])
 
 
 def test_chunks_do_not_show(llama: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 Weights are reduced chunk by chunk, so no (L,H,T,T) is ever held. A maximum over a whole network is
 saturated by attention sinks: `skip` leaves the first keys out.
 
-Axes: L layers, H query heads, Q/K query/key positions, q the queries of one chunk, T tokens.
+Axes: L layers, H query heads, Q/K query/key positions, q/k those of one chunk, T tokens.
 """
 
 import warnings
@@ -35,8 +35,8 @@ def attention_map(
     """Attention of one text, ids (1,T), neighbouring tokens binned -> (bins, bins).
 
     Rows are query bins, columns key bins; token t is in bin t * bins // T. A cell is the "max" or
-    the "mean" over its causal pairs of tokens and over `heads` as (layer, index), by default all.
-    Cells in the future are 0. The first `skip` keys are left out.
+    the "mean" over its causal pairs of tokens (all pairs if the model is bidirectional) and over
+    `heads` as (layer, index), by default all. The first `skip` keys are left out.
 
     >>> import steerkit
     >>> model, tokenizer = steerkit.load("tiny")
@@ -53,23 +53,32 @@ def attention_map(
     chosen = heads_by_layer(model, heads)
     if not chosen:
         raise ValueError("no heads: give at least one (layer, head), or None for all")
-    how = "amax" if reduce == "max" else "sum"
-    bin_of = torch.arange(T) * bins // T
-    cells = torch.zeros(bins, bins)
+    edges, bin_of = bin_edges(T, bins), torch.arange(T) * bins // T
+    by_key, causal = torch.zeros(bins, T), True  # rows are binned at once, keys in the end
 
     def record(chunk: WeightChunk) -> None:
-        weights = chunk.weights[0, chosen[chunk.layer]]  # (heads,q,K)
-        weights = weights.amax(0) if reduce == "max" else weights.sum(0)
-        weights[:, :skip] = 0
-        columns = bin_of.to(weights.device).expand_as(weights)
-        by_key = weights.new_zeros(len(weights), bins)  # (q,K) -> (q,bins) -> (bins,bins)
-        by_key = by_key.scatter_reduce(1, columns, weights, how).cpu()
-        cells.scatter_reduce_(0, bin_of[chunk.queries, None].expand_as(by_key), by_key, how)
+        nonlocal causal
+        indices = chosen[chunk.layer]
+        weights = chunk.weights[0]
+        weights = weights if len(indices) == len(weights) else weights[indices]  # (heads,q,k)
+        if chunk.queries.start == 0:  # does the first query see later keys?
+            causal &= not weights[:, 0, 1:].any()
+        for row in range(bin_of[chunk.queries.start], bin_of[chunk.queries.stop - 1] + 1):
+            first = max(0, edges[row] - chunk.queries.start)
+            part = weights[:, first : edges[row + 1] - chunk.queries.start]
+            cells = by_key[row, chunk.keys]
+            if reduce == "max":
+                torch.maximum(cells, part.amax((0, 1)).cpu(), out=cells)
+            else:
+                cells += part.sum((0, 1)).cpu()
 
     record_weights(model, ids, record, layers=chosen)
+    by_key[:, :skip] = 0
+    how = "amax" if reduce == "max" else "sum"
+    cells = torch.zeros(bins, bins).scatter_reduce(1, bin_of.expand(bins, T), by_key, how)
     if reduce == "max":
         return cells
-    pairs = _causal_pairs(T, bins, skip) * sum(map(len, chosen.values()))
+    pairs = _pairs(T, bins, skip, causal) * sum(map(len, chosen.values()))
     return (cells.double() / pairs.clamp(min=1)).float()
 
 
@@ -78,11 +87,11 @@ def bin_edges(T: int, bins: int) -> list[int]:
     return [-(-b * T // bins) for b in range(bins + 1)]
 
 
-def _causal_pairs(T: int, bins: int, skip: int) -> Tensor:
-    """Number of causal pairs in each cell (bins, bins), in O(T bins)."""
+def _pairs(T: int, bins: int, skip: int, causal: bool) -> Tensor:
+    """Number of pairs of tokens in each cell (bins, bins), in O(T bins)."""
     edges = torch.tensor(bin_edges(T, bins))
-    visible = torch.arange(1, T + 1)[:, None]  # query i sees keys below i + 1
-    keys = torch.minimum(edges[1:], visible) - edges[:-1].clamp(min=skip)  # (T,bins)
+    visible = torch.arange(1, T + 1) if causal else torch.full((T,), T)  # keys below, by query
+    keys = torch.minimum(edges[1:], visible[:, None]) - edges[:-1].clamp(min=skip)  # (T,bins)
     pairs = torch.zeros(bins, bins, dtype=torch.long)
     return pairs.index_add_(0, torch.arange(T) * bins // T, keys.clamp(min=0))
 
@@ -108,13 +117,14 @@ def span_attention(model: Model, ids: Tensor, spans: Sequence[Span]) -> SpanAtte
     T = ids.shape[1]
     if (end := inside.shape[1]) > T:
         raise ValueError(f"the spans end at token {end}, past the {T} tokens of this text")
-    keys = inside[0].nonzero()[:, 0]
     share, peak = torch.zeros(2, *layer_and_head_counts(model), T)
 
     def record(chunk: WeightChunk) -> None:
-        weights = chunk.weights[0].index_select(-1, keys.to(chunk.weights.device))  # (H,q,span)
-        share[chunk.layer, :, chunk.queries] = weights.sum(-1).cpu()
-        peak[chunk.layer, :, chunk.queries] = weights.amax(-1).cpu()
+        keys = inside[0, chunk.keys].nonzero()[:, 0].to(chunk.weights.device)
+        if len(keys):
+            weights = chunk.weights[0].index_select(-1, keys)  # (H,q,span)
+            share[chunk.layer, :, chunk.queries] = weights.sum(-1).cpu()
+            peak[chunk.layer, :, chunk.queries] = weights.amax(-1).cpu()
 
     record_weights(model, ids, record)
     return SpanAttention(share, peak)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from steerkit.attention.hook import AttentionCall, layer_and_head_counts, record_calls
@@ -23,11 +22,20 @@ _CHUNK_NUMBERS = 2**20
 
 
 class WeightChunk(NamedTuple):
-    """Attention weights (B,H,q,K) of some successive queries of one layer."""
+    """Attention weights (B,H,q,k) of successive queries of one layer, on the keys some of them see.
+
+    `keys` says which: all other weights of these queries are 0.
+    """
 
     layer: int
     queries: slice
+    keys: slice
     weights: Tensor
+
+    @property
+    def sink(self) -> Tensor:
+        """(B,H,q): what the queries give to a sink that is no key (learned, or off-by-one)."""
+        return (1 - self.weights.sum(-1)).clamp(min=0)
 
 
 def record_weights(
@@ -45,42 +53,55 @@ def record_weights(
 
     def record_call(layer: int, call: AttentionCall) -> None:
         if layers is None or layer in layers:
-            for queries, weights in _weight_chunks(call):
-                record(WeightChunk(layer, queries, weights))
+            for chunk in _weight_chunks(call):
+                record(WeightChunk(layer, *chunk))
 
     record_calls(model, ids, record_call)
 
 
-def _weight_chunks(call: AttentionCall) -> Iterator[tuple[slice, Tensor]]:
-    """The queries and their weights (B,H,q,K) in float32, chunk by chunk."""
-    B, H, Q, _ = call.query.shape
-    K = call.key.shape[2]
-    key = call.key.repeat_interleave(H // call.key.shape[1], dim=1)  # (B,Hkv,K,D) -> (B,H,K,D)
+def _weight_chunks(call: AttentionCall) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Queries, the keys they see, and the weights (B,H,q,k) in float32, chunk by chunk."""
+    B, H, Q, D = call.query.shape
+    Hkv, K = call.key.shape[1:3]
+    key = call.key.contiguous()
+    sink = None if call.sink is None else call.sink.float()[:, None, None]  # (H,1,1)
     numbers = _CHUNK_NUMBERS * (1 if key.device.type == "cpu" else 16)
     step = max(1, numbers // (B * H * K))
     for start in range(0, Q, step):
         queries = slice(start, min(start + step, Q))
-        scores = (call.query[:, :, queries] @ key.mT).float().mul_(call.scaling)
-        yield queries, softmax(_masked(scores, call.mask, queries), call.zero_sink)
+        keys, bias = _visible_keys(call, queries)
+        grouped = call.query[:, :, queries].reshape(B, Hkv, -1, D)  # by the key head that they use
+        scores = (grouped @ key[:, :, keys].mT).float().mul_(call.scaling)
+        scores = scores.view(B, H, -1, scores.shape[-1])
+        yield queries, keys, softmax(scores if bias is None else scores.add_(bias), sink)
 
 
-def _masked(scores: Tensor, mask: Tensor | None, queries: slice) -> Tensor:
-    """Scores (B,H,q,K) under the mask's part for `queries`; changes `scores` in place."""
-    if mask is None:  # causal, and without a cache query t is key t
-        key = torch.arange(scores.shape[-1], device=scores.device)
+def _visible_keys(call: AttentionCall, queries: slice) -> tuple[slice, Tensor | None]:
+    """The range of keys that `queries` see, and what is added to their scores, (...,q,k)."""
+    keys, mask = slice(0, call.key.shape[2]), call.mask
+    if call.causal:  # without a cache query t is key t
+        key = torch.arange(keys.stop, device=call.key.device)
         mask = key <= key[queries, None]
+    elif mask is None:
+        return keys, None
     elif mask.shape[-2] > 1:
         mask = mask[..., queries, :]
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    numbers = visible.flatten(0, -2).any(0).nonzero()
+    keys = slice(int(numbers[0]), int(numbers[-1]) + 1)
     if mask.dtype == torch.bool:
-        return scores.masked_fill_(~mask, -math.inf)
-    return scores.add_(mask)
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -math.inf)
+    return keys, mask[..., keys]
 
 
-def softmax(scores: Tensor, zero_sink: bool = False) -> Tensor:
-    """Weights over the last axis; with `zero_sink` exp(s) / (1 + sum exp(s)), in all below 1."""
-    if not zero_sink:
+def softmax(scores: Tensor, sink: Tensor | None = None) -> Tensor:
+    """Weights over the last axis; `sink` (...,1) is one more score, whose weight is left out.
+
+    The zero sink, torch.zeros(1), gives exp(s) / (1 + sum exp(s)): in all below 1.
+    """
+    if sink is None:
         return scores.softmax(-1)
-    return F.pad(scores, (1, 0)).softmax(-1)[..., 1:]
+    return torch.cat([sink.expand(*scores.shape[:-1], 1), scores], dim=-1).softmax(-1)[..., 1:]
 
 
 def attention_weights(model: Model, ids: Tensor) -> Tensor:
@@ -101,39 +122,45 @@ def attention_weights(model: Model, ids: Tensor) -> Tensor:
     weights = torch.zeros(layers, heads, T, T)
 
     def record(chunk: WeightChunk) -> None:
-        weights[chunk.layer, :, chunk.queries] = chunk.weights[0].cpu()
+        weights[chunk.layer, :, chunk.queries, chunk.keys] = chunk.weights[0].cpu()
 
     record_weights(model, ids, record)
     return weights
 
 
 def mean_weight_on_key(
-    model: Model, ids: Tensor, *, k: int = 0, first: int | None = None
+    model: Model, ids: Tensor, *, k: int | None = 0, first: int | None = None
 ) -> Tensor:
     """Mean weight on key `k` over the queries >= `first` (default `k`): ids (B,T) -> (B,L,H).
 
-    alpha_k of 2410.10781, section 3.
+    alpha_k of 2410.10781, section 3. `k=None` is the sink that is no key: the learned one of
+    gpt-oss and others, or that of softmax-off-by-one; 0 without.
     """
     T = ids.shape[-1]
-    first = k if first is None else first
-    if not 0 <= k <= first < T:
+    first = k or 0 if first is None else first
+    if not 0 <= (k or 0) <= first < T:
         raise ValueError(f"k={k}, first={first}: expected 0 <= k <= first < {T} tokens")
     total = torch.zeros(len(ids), *layer_and_head_counts(model), dtype=torch.float64)
 
     def record(chunk: WeightChunk) -> None:
-        on_key = chunk.weights[:, :, max(0, first - chunk.queries.start) :, k]  # (B,H,q)
-        total[:, chunk.layer] += on_key.double().sum(-1).cpu()
+        queries = slice(max(0, first - chunk.queries.start), None)
+        if k is None:
+            total[:, chunk.layer] += chunk.sink[:, :, queries].double().sum(-1).cpu()
+        elif chunk.keys.start <= k < chunk.keys.stop:
+            on_key = chunk.weights[:, :, queries, k - chunk.keys.start]  # (B,H,q)
+            total[:, chunk.layer] += on_key.double().sum(-1).cpu()
 
     record_weights(model, ids, record)
     return (total / (T - first)).float()
 
 
 def sink_metric(
-    model: Model, ids: Tensor, *, eps: float = 0.3, k: int = 0, tokens: int = 64
+    model: Model, ids: Tensor, *, eps: float = 0.3, k: int | None = 0, tokens: int = 64
 ) -> float:
     """Sink^eps_k of 2410.10781: fraction of heads with more than `eps` mean weight on key `k`.
 
     ids (B,T), of which the first `tokens` are used; the mean is over texts, layers and heads.
+    `k=None` asks for the sink that is no key, as in `mean_weight_on_key`.
 
     >>> import steerkit
     >>> model, tokenizer = steerkit.load("tiny")
@@ -141,7 +168,7 @@ def sink_metric(
     >>> 0 <= steerkit.sink_metric(model, ids, tokens=ids.shape[1]) <= 1
     True
     """
-    if not (0 < eps < 1 and k < tokens <= ids.shape[-1]):
+    if not (0 < eps < 1 and (k or 0) < tokens <= ids.shape[-1]):
         raise ValueError(
             f"eps={eps}, k={k}, tokens={tokens}: expected 0 < eps < 1 (0.3 in the paper) and "
             f"k < tokens <= {ids.shape[-1]}, the length of ids"
