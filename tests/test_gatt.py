@@ -123,7 +123,7 @@ def test_only_verified_replies_are_taught_and_the_other_arm_has_the_same_dialogu
 
 
 def test_the_history_may_be_anothers_the_taught_reply_stays():
-    """Six dialogues, three kinds of history: two dialogues each, whole, and nothing else changes."""
+    """Six dialogues, three kinds of history: two dialogues each; nothing else changes."""
     samples = [a_sample()._replace(replies=(f"{n}0", f"{n}1", f"{n}2", f"{n}3")) for n in range(6)]
     neutral, rival = ([s._replace(replies=(w,) * 4) for s in samples] for w in ("plain", "rival"))
     own = gatt.make_rows(samples)
@@ -194,6 +194,43 @@ def test_pairs_reject_what_the_model_said_and_failed(tiny):
         assert slipped if plan is quiet else not plan.verified(t, rejected)
         counts[plan is quiet] += 1
     assert counts[True] == 4 and 2 <= counts[False] <= 8
+
+
+# An instruction of one's own
+
+
+class Chess:
+    """As the family "hobby" judges it, without its table."""
+
+    probe, recalled = CHESS.probe, staticmethod(CHESS.recalled)
+
+    def obeyed(self, reply):
+        return "i love chess." in reply.casefold()
+
+
+@pytest.mark.parametrize("own", [Chess(), Chess().obeyed], ids=["class", "function"])
+def test_an_own_constraint_is_sampled_taught_and_measured_like_one_of_the_table(tiny, own):
+    """A function has no recall probe, and is told its instruction without one."""
+    users = (*(fact_question(random.Random(n)).text for n in range(3)), CHESS.probe.question)
+    results = []
+    for constraint in (CHESS, own):
+        probes = (3,) if isinstance(own, Chess) else ()
+        plan = gatt.Plan((constraint,), "Hobby: chess.", users, probes=probes)
+        samples = gatt.sample_dialogues(*tiny, [plan], temperature=1.5)
+        measured = adherence_by_turn(*tiny, [plan], probe_turns=[2])
+        assert measured.recalled.isnan().all() == (constraint not in (CHESS,) and not probes)
+        if not probes:
+            measured = measured._replace(recalled=torch.zeros(1, 4))
+        rows = gatt.make_rows(samples)
+        table = tiny_gatt.judged([plan], measured).drop(columns="family")
+        results.append((samples[0][1:], rows, table.fillna(-1).to_dict()))
+    assert results[0] == results[1] and 0 < sum(results[0][0][1]) < 4 and results[0][1]
+
+
+@pytest.mark.parametrize("own", ["chess", 3, type("Probed", (Chess,), {"recalled": None})()])
+def test_what_judges_no_reply_is_refused(own):
+    with pytest.raises(ValueError, match=r"expected a Constraint, a function \(reply -> obeyed\)"):
+        gatt.Plan((own,), "Hobby: chess.", ("Q?",))
 
 
 # Rejection sampling
@@ -282,6 +319,19 @@ def test_a_forced_history_is_what_the_model_reads(tiny, monkeypatch, forced):
     assert sum(c.obeyed(text) for c in rivals) == (forced is tiny_gatt.competing)
 
 
+def test_a_lever_replies_in_place_of_the_model(tiny):
+    """It gets the dialogues as they stand, and the instruction of each."""
+    plans, read = [plan_of(seed, turns=2) for seed in range(2)], []
+
+    def lever(model, tokenizer, dialogues, instructions):
+        read.append(([m.content for d in dialogues for m in d], instructions))
+        return ["By the lever."] * len(dialogues)
+
+    assert adherence_by_turn(*tiny, plans, lever=lever).replies == [["By the lever."] * 2] * 2
+    said = [(p.message(0, every=False), "By the lever.", p.questions[1].text) for p in plans]
+    assert read[1] == ([*said[0], *said[1]], [plan.instruction for plan in plans])
+
+
 def test_judged_replies_come_back_by_dialogue(tiny):
     """One line a reply, and the tensors again; without the dialogues that have no probe."""
     plans = [plan_of(seed, turns=2, family=f) for seed, f in enumerate(("hobby", "json"))]
@@ -310,8 +360,6 @@ def test_a_template_that_instructs_is_refused_and_quoted(tiny):
     assert text == "<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\nB.<|im_end|>\n"
 
 
-def test_an_empty_instruction_and_no_candidates_are_refused():
+def test_an_empty_instruction_is_refused():
     with pytest.raises(ValueError, match="the instruction is empty"):
         gatt.Plan((CHESS,), " ", ("Q?",))
-    with pytest.raises(ValueError, match="candidates=0: expected at least 1"):
-        gatt.sample_dialogues(None, None, [], candidates=0)

@@ -5,7 +5,6 @@ Axes: N dialogues, T turns of the longest one. NaN stands after the end of a sho
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from steerkit.chat import BatchedChat, Message
+from steerkit.chat import BatchedChat, Message, check_request
 from steerkit.gatt.dialogues import Plan, user_turns
 from steerkit.models import Model, Tokenizer
 
@@ -39,6 +38,7 @@ def adherence_by_turn(
     *,
     every: bool = False,
     forced: Callable[[Plan, int], str] | None = None,
+    lever: Callable[..., list[str]] | None = None,
     probe_turns: Sequence[int] = (),
     max_new_tokens: int = 48,
     batch: int = 64,
@@ -47,8 +47,10 @@ def adherence_by_turn(
 
     The instruction stands in the first message only, or in each one (`every`: the upper bound). The
     history is the model's own, unless `forced(plan, turn)` writes each reply into it after the
-    model's was judged. At `probe_turns` (from 1) the dialogue forks: the recall probe takes the
-    place of the user's message, and its answer does not stay in the history.
+    model's was judged. `lever(model, tokenizer, dialogues, instructions)` replies in place of the
+    model alone, for example with attention steered (`steering.levers`). At `probe_turns` (from 1)
+    the dialogue forks: the recall probe takes the place of the user's message, and its answer does
+    not stay in the history.
 
     >>> import steerkit
     >>> from steerkit.constraints import Constraint
@@ -59,18 +61,19 @@ def adherence_by_turn(
     >>> steerkit.adherence_by_turn(model, tokenizer, [plan]).obeyed
     tensor([[1., 0., 0.]])
     """
+    check_request(plans=len(plans), batch=batch, probe_turns=min(probe_turns, default=1))
     replies: list[list[str]] = [[] for _ in plans]
     recalled = [[torch.nan] * len(plan.questions) for plan in plans]
     for start in tqdm(range(0, len(plans), batch), unit="batch", delay=2, leave=False):
-        answer = partial(BatchedChat(model, tokenizer).reply, max_new_tokens=max_new_tokens)
         part = plans[start : start + batch]
+        answer = _answer(model, tokenizer, lever, max_new_tokens)
         dialogues: list[list[Message]] = [[] for _ in part]
         for turn, active in user_turns(part, dialogues, every=every):
             if turn + 1 in probe_turns:
                 probed = [(part[i], dialogues[i]) for i in active]
                 for i, score in zip(active, _recall(answer, probed, turn), strict=True):
                     recalled[start + i][turn] = score
-            texts = answer([dialogues[i] for i in active])
+            texts = answer([dialogues[i] for i in active], [part[i] for i in active])
             for i, text in zip(active, texts, strict=True):
                 replies[start + i].append(text)
                 written = forced(part[i], turn) if forced else text
@@ -81,6 +84,20 @@ def adherence_by_turn(
         obeyed.append([all(c.obeyed(text) for c in plan.constraints) for text in texts])
         right.append([plan.right(turn, text) for turn, text in enumerate(texts)])
     return Adherence(_ragged(obeyed), _ragged(right), _ragged(recalled), replies)
+
+
+def _answer(
+    model: Model, tokenizer: Tokenizer, lever: Callable[..., list[str]] | None, max_new_tokens: int
+) -> Callable[[list[list[Message]], list[Plan]], list[str]]:
+    """The replies to dialogues by the lever, or greedy ones over a cache that is kept."""
+    chat = BatchedChat(model, tokenizer)
+
+    def answer(dialogues: list[list[Message]], plans: list[Plan]) -> list[str]:
+        if lever is None:
+            return chat.reply(dialogues, max_new_tokens=max_new_tokens)
+        return lever(model, tokenizer, dialogues, [plan.instruction for plan in plans])
+
+    return answer
 
 
 def _recall(
@@ -94,7 +111,7 @@ def _recall(
         if constraint is not None:
             text = text.removesuffix(plan.questions[turn].text) + constraint.probe.question
         forks.append([*messages[:-1], Message("user", text)])
-    answers = zip(constraints, answer(forks), strict=True)
+    answers = zip(constraints, answer(forks, [plan for plan, _ in dialogues]), strict=True)
     return [torch.nan if c is None else float(c.recalled(text)) for c, text in answers]
 
 
