@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import takewhile
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,24 +37,37 @@ class Message(NamedTuple):
     content: str
 
 
+ROLES = ("system", "user", "assistant")
 Dialogue = Sequence[Message | Mapping[str, str]]
 Prompt = str | Dialogue
 
 
 def as_messages(dialogue: Dialogue) -> list[Message]:
-    """The messages of a dialogue, which may also be dicts {"role": ..., "content": ...}."""
+    """The messages of a dialogue, which may also be dicts {"role": ..., "content": ...}.
+
+    What has more than these, as tool calls and pictures have, is refused: it would be lost.
+    """
     try:
-        messages = [
-            m if isinstance(m, Message) else Message(m["role"], m["content"]) for m in dialogue
-        ]
-    except (TypeError, KeyError):  # texts, or one message instead of a list
+        messages = [m if isinstance(m, Message) else Message(**m) for m in dialogue]
+    except TypeError:  # texts, other keys, or one message instead of a list
         messages = []
-    if not messages:
+    right = all(m.role in ROLES and isinstance(m.content, str) for m in messages)
+    if not messages or not right:
         raise ValueError(
             f"{dialogue!r}: expected at least one message, in a list of Message(role, content) or "
-            "of dicts with both"
+            f"of dicts with both and nothing else; a role is {', '.join(ROLES)}, a content is text"
         )
     return messages
+
+
+def user_text(message: str | Message | Mapping[str, str]) -> str:
+    """What the user says: a text, or the content of a message of role "user"."""
+    if isinstance(message, str):
+        return message
+    (message,) = as_messages([message])
+    if message.role != "user":
+        raise ValueError(f"{message!r}: expected the user's message, or its text")
+    return message.content
 
 
 # --- text to token ids -------------------------------------------------------------------------
@@ -119,6 +132,15 @@ def check_template(tokenizer: Tokenizer) -> None:
         )
 
 
+def check_request(**values: object) -> None:
+    """ValueError for a number below 1, and for one text in the place of several."""
+    for name, value in values.items():
+        if isinstance(value, str):  # its characters would each be a text
+            raise ValueError(f"{name}={value[:40]!r}: expected several texts; put it into a list")
+        if isinstance(value, int | float) and (value < 1 or value % 1):
+            raise ValueError(f"{name}={value}: expected a whole number of 1 or more")
+
+
 def check_ids(model: Model, ids: Tensor, *, one_text: bool = False) -> None:
     """ValueError unless `ids` are (B,T) token ids of the model's vocabulary, with T >= 2.
 
@@ -173,6 +195,8 @@ class Batch(NamedTuple):
 def pad_left(tokenizer: Tokenizer, ids: Sequence[list[int]], indices: Sequence[int]) -> Batch:
     """The prompts `indices` of `ids` as one batch."""
     chosen = [ids[i] for i in indices]
+    if not all(chosen):
+        raise ValueError("a prompt has no token: say something")
     inputs = tokenizer.pad({"input_ids": chosen}, padding_side="left", return_tensors="pt")
     T = inputs["input_ids"].shape[1]
     return Batch(list(indices), inputs, [T - len(prompt) for prompt in chosen])
@@ -192,6 +216,7 @@ def reply(
     prompts: Sequence[Prompt],
     *,
     steer: Callable[[Batch], AbstractContextManager] | None = None,
+    options: Callable[[Batch], Mapping[str, Any]] | None = None,
     max_new_tokens: int = 64,
     batch: int = 64,
 ) -> list[str]:
@@ -199,12 +224,14 @@ def reply(
 
     Each batch is generated inside the context `steer(batch)`, for example
     `lambda batch: emphasise(model, batch.move(spans), heads)` with the spans of all prompts.
+    `options(batch)` are further arguments of `generate`.
 
     >>> from steerkit import load, reply
     >>> model, tokenizer = load("tiny")
     >>> reply(model, tokenizer, [[{"role": "user", "content": "Where does Anna Adler live?"}]])
     ['Anna Adler lives in Lisbon.']
     """
+    check_request(prompts=prompts, max_new_tokens=max_new_tokens, batch=batch)
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     replies = [""] * len(ids)
     for padded in batches(tokenizer, ids, batch):
@@ -215,6 +242,7 @@ def reply(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 eos_token_id=stop_ids(model, tokenizer) or None,
+                **(options(padded) if options else {}),
             )
         new = out[:, inputs["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -259,6 +287,7 @@ class BatchedChat:
         self, dialogues: Sequence[Dialogue], *, max_new_tokens: int = 64, temperature: float = 0.0
     ) -> list[str]:
         """The next reply to each dialogue: greedy, or sampled with torch's global generator."""
+        check_request(dialogues=len(dialogues), max_new_tokens=max_new_tokens)
         prompts = [prompt_ids(self.tokenizer, dialogue) for dialogue in dialogues]
         sliding = any(getattr(layer, "is_sliding", False) for layer in self.cache.layers)
         if sliding or len(self.cached) != len(prompts):

@@ -66,6 +66,18 @@ class Constraint(NamedTuple):
         return re.search(rf"(?<!\w){re.escape(self.value)}(?!\w)", reply, re.IGNORECASE) is not None
 
 
+class OwnConstraint(NamedTuple):
+    """An instruction of your own, of no table: any function says whether a reply obeys it.
+
+    With a `probe`, `recalled` says whether the answer to that question names the instruction.
+    """
+
+    obeyed: Callable[[str], bool]
+    probe: Probe | None = None
+    recalled: Callable[[str], bool] | None = None
+    family: str = "own"
+
+
 class Question(NamedTuple):
     """What the user says, and the fact that answers it: subject, attribute, value."""
 
@@ -107,9 +119,25 @@ def compatible(families: Iterable[str], table: str = "world") -> bool:
     return not any(a == b or {a, b} in exclusive for a, b in combinations(families, 2))
 
 
-def check_together(constraints: Sequence[Constraint]) -> None:
+def as_constraint(own: Any) -> Constraint | OwnConstraint:
+    """A constraint as it is; also a function (reply -> obeyed), or any object with `obeyed(reply)`,
+    and perhaps `probe` and `recalled(reply)`."""
+    if isinstance(own, Constraint):
+        return own
+    names = ("probe", "recalled", "family")
+    parts = {name: getattr(own, name) for name in names if hasattr(own, name)}
+    obeyed = getattr(own, "obeyed", own)
+    if not callable(obeyed) or (parts.get("probe") and not callable(parts.get("recalled"))):
+        raise ValueError(
+            f"{own!r}: expected a Constraint, a function (reply -> obeyed), or an object with "
+            "obeyed(reply), and with recalled(reply) if it has a probe"
+        )
+    return OwnConstraint(obeyed, **parts)
+
+
+def check_together(constraints: Sequence[Constraint | OwnConstraint]) -> None:
     """ValueError for a pair that no reply can obey: two of one family, or two that exclude."""
-    for a, b in combinations(constraints, 2):
+    for a, b in combinations((c for c in constraints if isinstance(c, Constraint)), 2):
         if a.table != b.table or not compatible((a.family, b.family), a.table):
             raise ValueError(
                 f'"{a.short}" and "{b.short}" contradict each other: no reply obeys both; '

@@ -17,7 +17,10 @@ import steerkit
 from steerkit import SinkCache, files, recomputed_losses, results, statistics, token_losses
 from steerkit.attention import maps, record
 from steerkit.attention.hook import attach
+from steerkit.chat import BatchedChat
 from steerkit.constraints import Constraint, check_together
+from steerkit.gatt.dialogues import Plan, sample_dialogues
+from steerkit.gatt.evaluation import adherence_by_turn
 from steerkit.steering.head_search import random_heads, score_heads
 from steerkit.steering.pasta import emphasise
 from steerkit.streaming import backcopy
@@ -129,6 +132,17 @@ ROWS: list[Row] = [
     (lambda k: random_heads((6, 6), 0, seed=0), "k=0: expected 1 <= k"),
     # Instructions and the tiny world
     (lambda k: steerkit.reply(k.model, k.tokenizer, [[]]), "expected at least one message"),
+    (lambda k: steerkit.reply(k.model, k.tokenizer, "Hi."), "prompts='Hi.': expected several"),
+    (lambda k: steerkit.reply(k.model, k.tokenizer, [""]), "a prompt has no token"),
+    (lambda k: steerkit.reply(k.model, k.tokenizer, ["Hi."], max_new_tokens=0), "tokens=0: exp"),
+    (lambda k: steerkit.reply(k.model, k.tokenizer, ["Hi."], batch=-1), "batch=-1: expected a w"),
+    (lambda k: BatchedChat(k.model, k.tokenizer).reply([]), "dialogues=0: expected a whole"),
+    (lambda k: next(stream_chat(k.model, k.tokenizer, ["Hi."], max_new_tokens=0)), "tokens=0: "),
+    (lambda k: Plan((), "", "Hi."), "questions='Hi.': expected several texts"),
+    (lambda k: sample_dialogues(k.model, k.tokenizer, [], candidates=0), "candidates=0: exp"),
+    (lambda k: adherence_by_turn(k.model, k.tokenizer, []), "plans=0: expected a whole number"),
+    (lambda k: adherence_by_turn(k.model, k.tokenizer, [Plan((), "", ["Hi."])], probe_turns=[0]),
+     "probe_turns=0: expected a whole number of 1"),
     (lambda k: check_together([Constraint("language", x) for x in ("French", "German")]),
      "contradict each other: no reply obeys both"),
     # Pages, figures and results

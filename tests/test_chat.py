@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
+import steerkit
 from steerkit.chat import (
     BatchedChat,
     Message,
@@ -15,7 +16,12 @@ from steerkit.chat import (
     reply,
     stop_ids,
     template_pieces,
+    user_text,
 )
+from steerkit.gatt.dialogues import Plan
+from steerkit.gatt.evaluation import adherence_by_turn
+from steerkit.spans import find_turns
+from steerkit.viz.widgets import explore_attention
 
 QUESTIONS = ["Where does Anna Adler live?", "Tell me the pet of Boris Bloom. Hobby: chess.", "Hi."]
 
@@ -51,11 +57,50 @@ def test_a_template_that_leaves_a_message_out_is_refused(tiny, monkeypatch):
         template_pieces(tiny[1], [Message("user", "Hi."), Message("assistant", "Yes.")])
 
 
-@pytest.mark.parametrize("dialogue", ["Hi.", Message("user", "Hi."), [], [{"role": "user"}]])
+def plan_rows(model, tokenizer, dialogue):
+    plan = Plan((), "", dialogue[2:])
+    (sample,) = steerkit.sample_dialogues(model, tokenizer, [plan])
+    return sample, steerkit.make_rows([sample]), adherence_by_turn(model, tokenizer, [plan]).replies
+
+
+TAKES_MESSAGES = {
+    "reply": lambda m, t, d: reply(m, t, [d]),
+    "BatchedChat": lambda m, t, d: BatchedChat(m, t).reply([d]),
+    "prompt_ids": lambda m, t, d: prompt_ids(t, d),
+    "dialogue_ids": lambda m, t, d: dialogue_ids(t, d),
+    "template_pieces": lambda m, t, d: template_pieces(t, d),
+    "find_span": lambda m, t, d: steerkit.find_span(t, d, "pet"),
+    "find_turns": lambda m, t, d: (find_turns(t, d)[0].tolist(), find_turns(t, d)[1]),
+    "stream_chat": lambda m, t, d: [*steerkit.stream_chat(m, t, d[2:], window=60)],
+    "explore_attention": lambda m, t, d: explore_attention(m, t, d),
+    "Plan": plan_rows,
+}
+TALK = [Message("user", "Hi."), Message("assistant", "Yes."), Message("user", "Which pet has Ada?")]
+WRONG = [
+    "Hi.", TALK[0], [], [{"role": "user"}], [{"role": "bot", "content": "Hi."}],
+    [{"role": "user", "content": None}], [{"role": "user", "content": "", "name": "Ada"}],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", TAKES_MESSAGES.values(), ids=TAKES_MESSAGES)
+def test_messages_may_be_dicts_wherever_they_are_taken(tiny, call):
+    """The format of transformers and of chat data sets."""
+    assert call(*tiny, [m._asdict() for m in TALK]) == call(*tiny, TALK)
+    with pytest.raises(ValueError, match=r"'bot'.*expected at least one message"):
+        call(*tiny, [*TALK, {"role": "bot", "content": "Hi."}])
+
+
+@pytest.mark.parametrize("dialogue", WRONG)
 def test_what_is_no_dialogue_is_named(dialogue):
     with pytest.raises(ValueError, match="expected at least one message, in a list") as caught:
         as_messages(dialogue)
     assert str(caught.value).startswith(repr(dialogue))
+
+
+def test_a_user_says_texts_or_messages_of_the_user():
+    assert [user_text(x) for x in ("Hi.", TALK[0], TALK[0]._asdict())] == ["Hi."] * 3
+    with pytest.raises(ValueError, match="expected the user's message, or its text"):
+        user_text(TALK[1])
 
 
 # Replies

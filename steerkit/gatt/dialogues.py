@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from steerkit.chat import BatchedChat, Message, check_template
-from steerkit.constraints import Constraint, Question, check_together
+from steerkit.chat import BatchedChat, Message, check_request, check_template, user_text
+from steerkit.constraints import Constraint, OwnConstraint, Question, as_constraint, check_together
 from steerkit.models import Model, Tokenizer
 
 Row = dict[str, list[dict[str, str]]]
@@ -27,12 +27,17 @@ Row = dict[str, list[dict[str, str]]]
 class Plan:
     """A dialogue to be sampled: the instruction, and what the user says besides it.
 
-    A question may be plain text. A verified reply obeys all constraints and holds its question's
-    `value` ("" asks for nothing). `probes` are the turns, from 0, whose message asks for an
-    instruction; `Constraint.recalled` verifies the reply there.
+    A constraint may be a function of your own, `reply -> obeyed`, or an object with such a method
+    `obeyed`. A question may be plain text, or a message. A verified reply obeys all constraints and
+    holds its question's `value` ("" asks for nothing). `probes` are the turns, from 0, whose
+    message asks for an instruction; the constraint's `recalled` verifies the reply there.
+
+    >>> brief = Plan((lambda reply: len(reply) < 40,), "Be brief.", ("Who?", "Where?"))
+    >>> brief.message(0, every=False), brief.verified(0, "Ada.")
+    ('Be brief. Who?', True)
     """
 
-    constraints: tuple[Constraint, ...]
+    constraints: tuple[Constraint | OwnConstraint, ...]
     instruction: str
     questions: tuple[Question, ...]
     probes: tuple[int, ...] = ()
@@ -40,9 +45,14 @@ class Plan:
     def __post_init__(self) -> None:
         if self.constraints and not self.instruction.strip():
             raise ValueError("the instruction is empty: say what the constraints ask for")
-        check_together(self.constraints)
-        questions = (Question(q, "", "", "") if isinstance(q, str) else q for q in self.questions)
+        check_request(questions=self.questions)
+        questions = (
+            q if isinstance(q, Question) else Question(user_text(q), "", "", "")
+            for q in self.questions
+        )
+        object.__setattr__(self, "constraints", tuple(map(as_constraint, self.constraints)))
         object.__setattr__(self, "questions", tuple(questions))
+        check_together(self.constraints)
 
     def message(self, turn: int, *, every: bool) -> str:
         """The user's message at `turn` (from 0); the instruction leads it if `every`, or at 0."""
@@ -119,8 +129,7 @@ def sample_dialogues(
     >>> sample.verified
     (True, True)
     """
-    if candidates < 1:
-        raise ValueError(f"candidates={candidates}: expected at least 1 reply to choose from")
+    check_request(candidates=candidates, batch=batch, max_new_tokens=max_new_tokens)
     check_template(tokenizer)
     samples: list[Sample] = []
     for start in tqdm(range(0, len(plans), batch), unit="batch", delay=2, leave=False):
@@ -242,6 +251,7 @@ def choose_replies(
     samples: Sequence[Sample], *, per_dialogue: int = 6, seed: int = 0
 ) -> list[tuple[int, int]]:
     """Verified replies to teach, shuffled: (dialogue, turn), both from 0."""
+    check_request(per_dialogue=per_dialogue)
     rng, chosen = random.Random(seed), []
     for i, sample in enumerate(samples):
         turns = [t for t in range(1, len(sample.replies)) if sample.verified[t]]

@@ -1,12 +1,12 @@
 """A conversation without end in constant memory (StreamingLLM, 2309.17453)."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from steerkit.chat import Message, prompt_text, stop_ids, template_pieces
+from steerkit.chat import Message, check_request, prompt_text, stop_ids, template_pieces, user_text
 from steerkit.models import Model, Tokenizer
 from steerkit.streaming.losses import last_only
 from steerkit.streaming.sink_cache import SinkCache
@@ -25,7 +25,7 @@ class StreamReply(NamedTuple):
 def stream_chat(
     model: Model,
     tokenizer: Tokenizer,
-    messages: Iterable[str],
+    messages: Iterable[str | Message | Mapping[str, str]],
     *,
     system: str | None = None,
     sinks: int = 4,
@@ -47,8 +47,7 @@ def stream_chat(
     Anna Adler lives in Lisbon.
     Anna Adler lives in Lisbon.
     """
-    if isinstance(messages, str):  # its characters would each be a message
-        raise ValueError(f"messages={messages[:40]!r}: expected several texts; put it into a list")
+    check_request(messages=messages, max_new_tokens=max_new_tokens)
     opening = [] if system is None else [Message("system", system)]
     turns = [*opening, Message("user", ""), Message("assistant", ""), Message("user", "")]
     # `before` a later message: the end of the reply that it follows, and what opens a message.
@@ -56,7 +55,7 @@ def stream_chat(
     cache = SinkCache(model, sinks=sinks, window=window)
     stops = set(stop_ids(model, tokenizer))
     unread: list[int] = []
-    for number, message in enumerate(messages):
+    for number, message in enumerate(map(user_text, messages)):
         text = before + message + after
         if not number:
             text = prompt_text(tokenizer, [*opening, Message("user", message)])
