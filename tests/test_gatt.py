@@ -319,6 +319,16 @@ def test_a_forced_history_is_what_the_model_reads(tiny, monkeypatch, forced):
     assert sum(c.obeyed(text) for c in rivals) == (forced is tiny_gatt.competing)
 
 
+def test_a_few_turns_of_a_written_history_are_those_of_all(tiny):
+    plans = [plan_of(seed, turns=3, family=f) for seed, f in enumerate(("emoji", "hobby"))]
+    measure = partial(adherence_by_turn, *tiny, plans, forced=tiny_gatt.stops)
+    every, few = measure(), measure(turns=[3])
+    assert torch.equal(few.obeyed[:, 2], every.obeyed[:, 2]) and few.right[:, :2].isnan().all()
+    assert [texts[2] for texts in few.replies] == [texts[2] for texts in every.replies]
+    with pytest.raises(ValueError, match="needs all of its replies"):
+        adherence_by_turn(*tiny, plans, turns=[3])
+
+
 def test_a_lever_replies_in_place_of_the_model(tiny):
     """It gets the dialogues as they stand, and the instruction of each."""
     plans, read = [plan_of(seed, turns=2) for seed in range(2)], []

@@ -39,6 +39,7 @@ def adherence_by_turn(
     every: bool = False,
     forced: Callable[[Plan, int], str] | None = None,
     lever: Callable[..., list[str]] | None = None,
+    turns: Sequence[int] | None = None,
     probe_turns: Sequence[int] = (),
     max_new_tokens: int = 48,
     batch: int = 64,
@@ -50,7 +51,8 @@ def adherence_by_turn(
     model's was judged. `lever(model, tokenizer, dialogues, instructions)` replies in place of the
     model alone, for example with attention steered (`steering.levers`). At `probe_turns` (from 1)
     the dialogue forks: the recall probe takes the place of the user's message, and its answer does
-    not stay in the history.
+    not stay in the history. With a `forced` history the model may reply at a few `turns` (from 1)
+    only; the others are NaN.
 
     >>> import steerkit
     >>> from steerkit.constraints import Constraint
@@ -62,6 +64,8 @@ def adherence_by_turn(
     tensor([[1., 0., 0.]])
     """
     check_request(plans=len(plans), batch=batch, probe_turns=min(probe_turns, default=1))
+    if turns and not forced:
+        raise ValueError(f"turns={turns}: the model's own history needs all of its replies")
     replies: list[list[str]] = [[] for _ in plans]
     recalled = [[torch.nan] * len(plan.questions) for plan in plans]
     for start in tqdm(range(0, len(plans), batch), unit="batch", delay=2, leave=False):
@@ -73,7 +77,9 @@ def adherence_by_turn(
                 probed = [(part[i], dialogues[i]) for i in active]
                 for i, score in zip(active, _recall(answer, probed, turn), strict=True):
                     recalled[start + i][turn] = score
-            texts = answer([dialogues[i] for i in active], [part[i] for i in active])
+            texts = [""] * len(active)
+            if turns is None or turn + 1 in turns:
+                texts = answer([dialogues[i] for i in active], [part[i] for i in active])
             for i, text in zip(active, texts, strict=True):
                 replies[start + i].append(text)
                 written = forced(part[i], turn) if forced else text
@@ -83,7 +89,11 @@ def adherence_by_turn(
     for plan, texts in zip(plans, replies, strict=True):
         obeyed.append([all(c.obeyed(text) for c in plan.constraints) for text in texts])
         right.append([plan.right(turn, text) for turn, text in enumerate(texts)])
-    return Adherence(_ragged(obeyed), _ragged(right), _ragged(recalled), replies)
+    scores = _ragged(obeyed), _ragged(right)
+    for score in scores if turns else ():
+        skipped = [turn for turn in range(score.shape[1]) if turn + 1 not in turns]
+        score[:, skipped] = torch.nan
+    return Adherence(*scores, _ragged(recalled), replies)
 
 
 def _answer(
