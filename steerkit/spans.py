@@ -105,7 +105,7 @@ def span_mask(spans: Spans) -> tuple[Tensor, bool]:
         raise ValueError("no spans: expected for each row a list of (start, end), as [[(5, 12)]]")
     for number, row in enumerate(spans):
         try:
-            right = len(row) > 0 and all(0 <= start < end for start, end in row)
+            right = len(row) > 0 and all(start >= 0 and range(start, end) for start, end in row)
         except (TypeError, ValueError):  # no pairs
             right = False
         if not right:

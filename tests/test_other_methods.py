@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from steerkit.attention.hook import AttentionCall, Head, attach
+from steerkit.attention.record import attention_weights
+from steerkit.steering import key_bias
 from steerkit.steering.other_methods import additive_bias, instaboost, split_softmax, spotlight
 from steerkit.steering.pasta import emphasise
+from steerkit.steering.verify import verify
 
 INSIDE = factor_of(SPANS, 40, 0.0).bool()
 ALL = [Head(layer, index) for layer in range(2) for index in range(4)]
@@ -40,6 +44,13 @@ def spotlit(weights: Tensor, inside: Tensor) -> Tensor:
     return out
 
 
+def spotlit_exactly(weights: Tensor, inside: Tensor) -> Tensor:
+    """Every query that sees spans, and less of them than 0.3, sees 0.3 of them."""
+    psi = (weights * inside).sum(-1, keepdim=True)
+    scaled = torch.where(inside, weights * 0.3 / psi, weights * 0.7 / (1 - psi))
+    return torch.where((psi > 0) & (psi < 0.3), scaled, weights)
+
+
 def split(weights: Tensor, inside: Tensor) -> Tensor:
     psi = (weights * inside).sum(-1, keepdim=True).double().clamp(0, 1)
     raised = psi**0.4
@@ -52,6 +63,10 @@ RELATIVES: dict[str, tuple[Callable[..., AbstractContextManager], Change]] = {
     "instaboost": (lambda *a, **k: instaboost(*a, multiplier=5, **k), boosted),
     "additive": (lambda *a, **k: additive_bias(*a, -1.5, **k), biased),
     "spotlight": (lambda *a, **k: spotlight(*a, target=0.3, **k), spotlit),
+    "spotlight, exact": (
+        lambda *a, **k: spotlight(*a, target=0.3, exact=True, **k),
+        spotlit_exactly,
+    ),
     "split": (lambda *a, **k: split_softmax(*a, exponent=0.4, **k), split),
 }
 
@@ -125,6 +140,65 @@ def test_the_degenerate_case_is_bit_equal_to_plain(
         assert torch.equal(model(ids).logits, plain)
 
 
+OPERATORS: dict[str, tuple[Callable[..., AbstractContextManager], Callable[[Tensor], Tensor]]] = {
+    "PASTA": (partial(emphasise, heads=ALL, alpha=0.01), lambda psi: psi.new_tensor(100)),
+    "InstABoost": (partial(instaboost, multiplier=3), lambda psi: psi.new_tensor(3)),
+    "SpotLight": (partial(spotlight, target=0.2), lambda psi: (0.2 / psi).clamp(min=1)),
+    "exact": (
+        partial(spotlight, target=0.2, exact=True),
+        lambda psi: (0.2 / 0.8 * (1 - psi) / psi).clamp(min=1),
+    ),
+    "split": (
+        partial(split_softmax, exponent=0.5),
+        lambda psi: (psi**0.5 / (1 - psi**0.5)) * (1 - psi) / psi,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_each_method_multiplies_the_odds_of_the_spans_share_by_exp_b(name: str) -> None:
+    steer, exp_b = OPERATORS[name]
+    model, ids, inside = tiny("llama", sharpen=2.0), tokens(1, 40), INSIDE[:1]
+    plain = attention_weights(model, ids)[0]  # the first layer: its input is not steered
+    with steer(model, SPANS[:1]):
+        steered = attention_weights(model, ids)[0]
+    before, after = ((w[:, 9:] * inside).sum(-1).double() for w in (plain, steered))
+    close(after / (1 - after), exp_b(before) * before / (1 - before))
+    if name == "SpotLight":  # equation 5
+        close(after, torch.where(before < 0.2, 0.2 / (1.2 - before), before))
+    if name == "exact":
+        close(after, before.clamp(min=0.2))
+    if name == "split":
+        close(after, before**0.5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "opt"])
+@pytest.mark.parametrize("relative", RELATIVES)
+def test_verify_proves_that_steering_is_on_and_exact(name: str, relative: str) -> None:
+    model, ids = tiny(name, sharpen=2.0), tokens(2, 40)
+    found = verify(model, ids, RELATIVES[relative][0](model, SPANS, heads=HEADS))
+    assert found.error < 1e-4 < 1e-2 < found.effect
+
+
+def test_verify_sees_what_is_wrong_or_without_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny("llama"), tokens(2, 40)
+    padding = torch.ones_like(ids)
+    padding[1, :5] = 0
+    positions = (padding.cumsum(1) - 1).clamp(min=0)
+    steering = emphasise(model, SPANS, HEADS)
+    found = verify(model, ids, steering, attention_mask=padding, position_ids=positions)
+    assert found.error < 1e-4 < 1e-2 < found.effect
+    with pytest.raises(ValueError, match=r"effect on a logit is 0.0: .*neutral"):
+        verify(model, ids, emphasise(model, SPANS, HEADS, alpha=1.0))
+
+    in_bfloat16 = tiny("llama").bfloat16()
+    found = verify(in_bfloat16, ids, emphasise(in_bfloat16, SPANS, HEADS))
+    assert 0 < found.error < 0.2 * found.effect
+    wrong = key_bias.attend_biased
+    monkeypatch.setattr(key_bias, "attend_biased", lambda call, on, bias: wrong(call, on, bias / 2))
+    assert verify(model, ids, emphasise(model, SPANS, HEADS)).error > 1e-2
+
+
 @torch.no_grad()
 def test_pasta_is_an_additive_bias_until_something_is_generated() -> None:
     model, ids = tiny("llama"), tokens(2, 40)
@@ -152,6 +226,8 @@ def test_sharp_attention_keeps_the_strengths_finite() -> None:
         (lambda m: additive_bias(m, SPANS, float("inf")), "bias=inf: expected a finite"),
         (lambda m: spotlight(m, SPANS, target=1.0), "target=1.0: .* 0 < target < 1"),
         (lambda m: split_softmax(m, SPANS, exponent=1.5), "exponent=1.5"),
+        (lambda m: split_softmax(m, SPANS, exponent=None), "exponent=None"),
+        (lambda m: instaboost(m, SPANS, multiplier="5"), "multiplier=5"),
         (lambda m: instaboost(m, SPANS, multiplier=2, heads=[Head(0, 4)]), "query heads"),
     ],
 )

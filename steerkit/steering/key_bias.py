@@ -12,7 +12,8 @@ P prompt tokens.
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -23,9 +24,6 @@ from steerkit.attention import hook
 from steerkit.attention.hook import AttentionCall, Heads, heads_by_layer
 from steerkit.models import Model
 from steerkit.spans import Spans, span_mask
-
-# The fast kernels of accelerators want head sizes that are multiples of 8; a CPU's take any.
-_ALIGN = {"cpu": 1}
 
 Strength = Callable[[AttentionCall, Tensor], Tensor]
 """(call, bias (B,K)) -> (B,H,Q), the factor by which each query multiplies the bias."""
@@ -46,17 +44,19 @@ def key_bias(
     Scores of the spans' keys get `inside` nats, scores of the prompt's other keys get `outside`.
     Keys after the prompt get 0.
     """
+    prompt, chosen = PromptState(spans, inside, outside), heads_by_layer(model, heads)
+    if not chosen:
+        raise ValueError("no heads: nothing would be steered; name one, or None for all heads")
     calls = hook.trace_attention(model)
-    prompt = PromptState(spans, inside, outside)
     # All layers get an edit, so that a second `with` is refused whichever heads it steers.
     edits = {call.module: AttentionCall.attend for call in calls}
-    for layer, indices in heads_by_layer(model, heads).items():
+    for layer, indices in chosen.items():
         if inside or outside:  # without a bias the stock call stays: the result is bit-equal
             edits[calls[layer].module] = _biased(prompt, calls[layer], indices, strength)
     with (
         hook.use_attention_function(model),
         hook.attach_to_modules(edits),
-        track_prompt(model, prompt),
+        track_prompt(model, prompt, calls[0].module),
     ):
         yield
     prompt.check_complete()
@@ -80,16 +80,19 @@ def _biased(
 class PromptState:
     """Which cached keys belong to the prompt, through prefill, chunks, decoding and beams.
 
-    Before each forward the state learns how many keys the cache holds (`seen`) and how many tokens
-    are `new`. It must know the prompt's length P: keys from P on were generated and get no bias. A
-    mask (B,T) states it, P = T. Lists of spans do not, they only end at T; then the first forward
-    is taken for the whole prompt:
+    Before each forward the state learns its tokens and how many keys the cache holds (`seen`). It
+    must know the prompt's length P: keys from P on were generated and get no bias. A mask (B,T)
+    states it, P = T, and so does a cache with a `prompt_length`. Lists of spans do not, they only
+    end at T; then the first forward is taken for the whole prompt:
 
-        state          forward      what it is                  next state
-        ------------   ----------   -------------------------   -----------------------
-        no prompt      any          the prompt                  prompt, P = seen + new
-        prompt of P    seen >= T    tokens after the prompt     prompt of P
-        prompt of P    seen < T     another prompt              prompt, P = seen + new
+        state          forward                  what it is                 next state
+        ------------   ----------------------   ------------------------   -----------------------
+        no prompt      any                      the prompt                 prompt, P = all tokens
+        prompt of P    seen >= T                tokens after the prompt    prompt of P
+        prompt of P    seen = P, two or more    unclear: a second chunk?   refused
+        prompt of P    seen < T                 another prompt             prompt, P = all tokens
+        prompt of P    seen = 0, begins with    unclear: generated tokens  refused
+                       the prompt, goes on      without a cache?
 
     Beams and samples: a batch of n * B repeats each prompt's bias n times. A sliding window holds
     the last K keys, so the first key of a forward need not be the prompt's first.
@@ -99,6 +102,7 @@ class PromptState:
         self.spans, self.length_known = span_mask(spans)  # (B,T)
         self.inside, self.outside = inside, outside
         self.total = 0  # keys in the cache after the running forward, or the last one
+        self.prompt = torch.empty(0, 0)  # tokens of the last forward that was taken for a prompt
         self._set_prompt(self.spans.shape[1])
 
     def _set_prompt(self, P: int) -> None:
@@ -106,25 +110,39 @@ class PromptState:
         self.bias = torch.where(spans, self.inside, self.outside)  # (B,P) float32
         self.padded: dict[tuple[int, torch.device], Tensor] = {}  # `bias`, then 0: (B,K) or wider
 
-    def begin_forward(self, seen: int, batch: int, new: int, attention_mask: object) -> None:
-        """Go to the next state; ValueError for a prompt that does not fit the spans."""
+    def begin_forward(self, tokens: Tensor, cache: Any, attention_mask: object) -> None:
+        """Go to the next state; ValueError for a prompt that does not fit the spans.
+
+        `tokens` are ids (B,n) or embeddings (B,n,width).
+        """
+        if getattr(cache, "evicts", False):
+            raise ValueError(
+                "this cache (SinkCache) evicts and moves the prompt's keys: steer with one that "
+                "keeps them (leave past_key_values out)"
+            )
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        batch, new = tokens.shape[:2]
         (B, T), total = self.spans.shape, seen + new
         if batch % B:
             raise ValueError(f"a batch of {batch} rows, spans for {B} prompts: expected as many")
+        told = getattr(cache, "prompt_length", None)
         if self.length_known:
-            if total < T and seen and new == 1:  # decoding, before the mask ends
+            if told is None and total < T and seen and new == 1:  # decoding, before the mask ends
                 raise ValueError(_mismatch(T, seen))
-        elif total < T:
+        elif (told or total) < T:
             raise ValueError(
-                f"a span ends at token {T}, past the end of a prompt of {total} tokens (a prompt "
-                "that comes in chunks takes its spans as a bool mask (B, T))"
+                f"a span ends at token {T}, past the end of a prompt of {told or total} tokens "
+                f"({_AS_MASK} if the prompt comes in chunks; {_GUIDANCE})"
             )
+        elif told:
+            self._set_prompt(told)
         elif self.total == 0 or seen < T:
+            self._refuse_more_of(tokens[:: batch // B], seen)
             self._set_prompt(total)
-        elif seen != self.total:
+        elif seen != self.total or (seen == self.bias.shape[1] and new > 1):
             raise ValueError(
-                f"the cache holds {seen} keys, not the {self.total} read so far, so where the "
-                "prompt ends is unclear: give the spans as a bool mask (B, T)"
+                f"{new} tokens after {seen} in the cache, {self.total} read so far, so where the "
+                f"prompt ends is unclear: {_AS_MASK}"
             )
         if seen < T and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             real = attention_mask[:: batch // B, :T].bool().cpu()
@@ -135,6 +153,17 @@ class PromptState:
                 )
         self.total = total
 
+    def _refuse_more_of(self, tokens: Tensor, seen: int) -> None:
+        """ValueError for a new prompt that is the last one and more: without a cache, a reply."""
+        P = self.prompt.shape[1]
+        again = 0 < P < tokens.shape[1] and tokens[:, :P].equal(self.prompt)
+        self.prompt = tokens[:, :0] if seen else tokens.detach().clone()
+        if again and not seen:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens that begin with the {P} of the last prompt: without a "
+                f"cache, where the prompt ends is unclear: {_AS_MASK}"
+            )
+
     def check_complete(self) -> None:
         """ValueError for a mask that is longer than the prompt: it was made for another one."""
         T = self.spans.shape[1]
@@ -143,6 +172,8 @@ class PromptState:
 
     def bias_of(self, call: AttentionCall) -> Tensor:
         """What is added to each key of this call: (B,K) float32."""
+        if not self.total:
+            raise ValueError("the prompt is unknown: call the model, not one of its layers")
         (B, K), device = (call.query.shape[0], call.key.shape[2]), call.key.device
         end = max(self.total, K)
         bias = self.padded.get((B, device))
@@ -153,39 +184,56 @@ class PromptState:
         return bias[:, end - K : end]  # a sliding window has dropped the first keys
 
 
+_AS_MASK = "give the spans as a bool mask (B, T)"
+_GUIDANCE = "leave out guidance_scale: classifier-free guidance reads a second prompt"
+
+
 def _mismatch(T: int, length: int) -> str:
-    return f"a mask of {T} tokens, the prompt has {length}: make it from the padded prompt"
+    advice = f"make it from the padded prompt ({_GUIDANCE})"
+    return f"a mask of {T} tokens, the prompt has {length}: {advice}"
 
 
 @contextmanager
-def track_prompt(model: Model, prompt: PromptState) -> Iterator[None]:
-    """Tell `prompt` of every forward inside the `with`, before any layer runs."""
-    decoder = model.base_model
-    signature = inspect.signature(decoder.forward)
+def track_prompt(model: Model, prompt: PromptState, attention: nn.Module) -> Iterator[None]:
+    """Tell `prompt` of every forward inside the `with`, before any layer runs.
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _refuse_eviction(decoder, args, kwargs)
-        inputs = signature.bind_partial(*args, **kwargs).arguments if args else kwargs
+    Several modules around `attention`, any layer's, take tokens: the model, its decoder, ... Which
+    of them are called differs by architecture and caller. The outermost one counts.
+    """
+    name = next(name for name, module in model.named_modules() if module is attention)
+    parts = name.split(".")
+    around = [model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
+    signatures = {module: inspect.signature(module.forward) for module in around}
+    entered: list[nn.Module] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(module)
+        if len(entered) > 1:
+            return
+        inputs = signatures[module].bind_partial(*args, **kwargs).arguments if args else kwargs
         tokens, cache = inputs.get("input_ids"), inputs.get("past_key_values")
         tokens = inputs.get("inputs_embeds") if tokens is None else tokens
-        seen = 0 if cache is None else int(cache.get_seq_length())
-        prompt.begin_forward(seen, *tokens.shape[:2], inputs.get("attention_mask"))
+        prompt.begin_forward(tokens, cache, inputs.get("attention_mask"))
 
-    with (
-        decoder.register_forward_pre_hook(before, with_kwargs=True),
-        # Before the hooks of the cache itself, whose complaint would say less.
-        model.register_forward_pre_hook(_refuse_eviction, with_kwargs=True, prepend=True),
-    ):
+    def after(*_: Any) -> None:
+        entered.pop()
+
+    with ExitStack() as stack:
+        for module, signature in signatures.items():
+            if "input_ids" in signature.parameters:
+                # Before the hooks of the cache itself, whose complaint would say less.
+                options = {"with_kwargs": True, "prepend": True}
+                stack.enter_context(module.register_forward_pre_hook(before, **options))
+                stack.enter_context(module.register_forward_hook(after, always_call=True))
         yield
 
 
-def _refuse_eviction(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if any(getattr(value, "evicts", False) for value in (*args, *kwargs.values())):
-        advice = "steer with one that keeps them (leave past_key_values out)"
-        raise ValueError(f"this cache (SinkCache) evicts and moves the prompt's keys: {advice}")
-
-
 # Arithmetic
+
+
+def number(value: object) -> float:
+    """`value` if it is a number, else NaN: no bound holds for it, and no comparison fails."""
+    return value if isinstance(value, Real) else math.nan
 
 
 def attend_biased(call: AttentionCall, strength: Tensor, bias: Tensor) -> Tensor:
@@ -195,35 +243,18 @@ def attend_biased(call: AttentionCall, strength: Tensor, bias: Tensor) -> Tensor
     what each key offers. PASTA: strength 1 in steered heads and 0 elsewhere, bias log(alpha)
     outside the spans and 0 inside.
     """
-    B, H, Q, D = call.query.shape
     dtype = call.query.dtype
-    if Q == 1:
+    if call.query.shape[2] == 1:
         mask = (strength[..., None] * bias[:, None, None]).to(dtype)  # (B,H,1,K)
-        return call.attend(mask=_add_mask(mask, call.mask))
+        return call.attend(mask=add_mask(mask, call.mask))
     # scaling * [q, strength] . [k, bias / scaling] = scaling * q.k + strength * bias
-    extra = _exact_parts(bias / call.scaling, dtype)  # (B,K,n)
-    align = _ALIGN.get(call.query.device.type, 8)
-    extra = F.pad(extra, (0, -(D + extra.shape[-1]) % align))
-    n = extra.shape[-1]
-    query = strength.to(dtype)[..., None].expand(B, H, Q, n)
-    key = extra[:, None].expand(B, call.key.shape[1], -1, n)
-    out = call.attend(
-        query=torch.cat([call.query, query], dim=-1),
-        key=torch.cat([call.key, key], dim=-1),
-        value=F.pad(call.value, (0, n)),  # the fast kernels want one width for all three
-    )
-    return out[..., : call.value.shape[-1]]
+    offered = hook.exact_parts(bias / call.scaling, dtype)[:, None]  # (B,1,K,n)
+    taken = strength[..., None].expand(*strength.shape, offered.shape[-1])  # (...,H,Q,n)
+    return call.widened(taken, offered).attend()[..., : call.value.shape[-1]]
 
 
-def _exact_parts(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers (B,K,n) that add up to x: one in float32, two in half precision, which rounds."""
-    high = x.to(dtype)
-    if dtype.itemsize > 2:
-        return high[..., None]
-    return torch.stack([high, (x - high).to(dtype)], dim=-1)
-
-
-def _add_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
+def add_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores, or what is added to them, under a mask of either kind."""
     if mask is None:
         return bias
     if mask.dtype == torch.bool:

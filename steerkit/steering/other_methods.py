@@ -2,9 +2,13 @@
 
 Each method adds something to the scores of the spans' keys and nothing to the other keys. By
 default it does so in all layers and heads, as its paper does; PASTA chooses heads. Spans as for
-`emphasise`: (start, end) lists by prompt, or a bool mask (B,T). Two methods need psi, the weight
-that a query puts on the spans without steering: one more pass of the attention kernel computes it,
-and no (Q,K) weights are made.
+`emphasise`: (start, end) lists by prompt, or a bool mask (B,T).
+
+All are one operator. Let psi be the share of its weight that a query puts on the spans without
+steering. A bias of b nats multiplies the odds psi / (1 - psi) by exp(b), and keeps the proportions
+on either side. The methods differ in b: a constant (`additive_bias`, `instaboost`, and PASTA with
+b = -log(alpha)), or a function of psi (`spotlight`, `split_softmax`). So compare them at equal b,
+not at their defaults. One more pass of the attention kernel computes psi, and no (Q,K) weights.
 
 Axes: B batch, H query heads, Q query positions, T prompt tokens.
 """
@@ -19,7 +23,7 @@ from torch import Tensor
 from steerkit.attention.hook import AttentionCall, Heads
 from steerkit.models import Model
 from steerkit.spans import Spans
-from steerkit.steering.key_bias import Strength, key_bias, weight_inside
+from steerkit.steering.key_bias import Strength, key_bias, number, weight_inside
 
 
 @contextmanager
@@ -40,7 +44,7 @@ def additive_bias(
     >>> torch.equal(steered, model(ids).logits)  # 0 nats: bit-equal to no steering
     True
     """
-    if not math.isfinite(bias):
+    if not math.isfinite(number(bias)):
         raise ValueError(f"bias={bias}: expected a finite number of nats (0 = no steering)")
     with key_bias(model, spans, heads, inside=bias):
         yield
@@ -56,7 +60,7 @@ def instaboost(
     multiplier, divided by its sum. Their later version states a constant bias log(multiplier) on
     the instruction's keys, which is the same operator.
     """
-    if not 1 <= multiplier < math.inf:
+    if not 1 <= number(multiplier) < math.inf:
         raise ValueError(f"multiplier={multiplier}: expected a number >= 1 (1 = no steering)")
     with additive_bias(model, spans, math.log(multiplier), heads=heads):
         yield
@@ -64,18 +68,30 @@ def instaboost(
 
 @contextmanager
 def spotlight(
-    model: Model, spans: Spans, *, target: float = 0.1, heads: Heads | None = None
+    model: Model,
+    spans: Spans,
+    *,
+    target: float = 0.1,
+    heads: Heads | None = None,
+    exact: bool = False,
 ) -> Iterator[None]:
     """SpotLight (2505.12025, equations 2-5): the bias depends on what the spans get already.
 
     Queries that put less than `target` of their weight on the spans get log(target / psi) added
     there, others nothing. After renormalising the share is target / (1 + target - psi): raised
-    towards the target, and below it. Those equations were read in an independent implementation's
-    account of them, bounds included, not in the paper itself.
+    towards the target, and below it. With `exact` the bias is the difference of the log odds,
+    logit(target) - logit(psi), and the share becomes the target. The equations were read in
+    independent accounts of the paper, not in the paper itself.
     """
-    if not 0 < target < 1:
+    if not 0 < number(target) < 1:
         raise ValueError(f"target={target}: expected a share of the weight, 0 < target < 1")
-    strength = _by_psi(lambda psi: (target / psi).log().clamp(min=0))
+
+    def bias(psi: Tensor) -> Tensor:
+        raised = target / psi
+        odds = raised * (1 - psi) / (1 - target) if exact else raised
+        return odds.log().clamp(min=0)
+
+    strength = _by_psi(bias)
     with key_bias(model, spans, heads, inside=1.0, strength=strength):
         yield
 
@@ -90,7 +106,7 @@ def split_softmax(
     those of psi ** exponent. 1 = no steering, towards 0 = everything on the spans. Our reading of
     the paper's formula: weights are split into the spans and all the rest, the reply included.
     """
-    if not 0 < exponent <= 1:
+    if not 0 < number(exponent) <= 1:
         raise ValueError(f"exponent={exponent}: expected 0 < exponent <= 1 (1 = no steering)")
 
     def strength(psi: Tensor) -> Tensor:

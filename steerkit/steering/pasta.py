@@ -17,12 +17,14 @@ from torch import Tensor
 from steerkit.attention.hook import Heads
 from steerkit.models import Model
 from steerkit.spans import Spans
-from steerkit.steering.key_bias import key_bias
+from steerkit.steering.key_bias import key_bias, number
 
 
 @contextmanager
-def emphasise(model: Model, spans: Spans, heads: Heads, *, alpha: float = 0.01) -> Iterator[None]:
-    """Steer `heads` towards `spans` in every forward and `generate` inside the `with`.
+def emphasise(
+    model: Model, spans: Spans, heads: Heads | None, *, alpha: float = 0.01
+) -> Iterator[None]:
+    """Steer `heads` (None: all) towards `spans` in every forward and `generate` inside the `with`.
 
     Weights on prompt tokens outside the union of a row's spans are multiplied by `alpha`. Generated
     tokens keep weight 1, as in the official code. Rows made of one prompt (beams, several samples)
@@ -30,10 +32,12 @@ def emphasise(model: Model, spans: Spans, heads: Heads, *, alpha: float = 0.01) 
 
     `spans` are lists of (start, end), one list per prompt, and the first forward is taken for the
     prompt. Or a bool mask (B,T), which states the prompt's length: the prompt may then come in
-    chunks, or together with tokens after it (an answer to be scored, assisted decoding).
+    chunks, or together with tokens after it (an answer to be scored, assisted decoding), or again
+    and again without a cache, longer by what was generated.
 
     Raises ValueError for bad spans, heads or alpha, for a prompt that does not hold the spans, for
-    spans on padding, and for a cache that evicts (`SinkCache`).
+    lists where the prompt's end is unclear, for spans on padding, and for a cache that evicts
+    (`SinkCache`). `verify.verify` shows that steering is on, and equals equation 2, on your model.
 
     >>> from steerkit import emphasise, find_span, load, reply
     >>> model, tokenizer = load("tiny")
@@ -57,6 +61,6 @@ def log_weights(inside: Tensor, alpha: float) -> Tensor:
 
 
 def check_alpha(alpha: float) -> None:
-    """ValueError unless 0 < alpha <= 1."""
-    if not 0 < alpha <= 1:
+    """ValueError unless alpha is a number and 0 < alpha <= 1."""
+    if not 0 < number(alpha) <= 1:
         raise ValueError(f"alpha={alpha}: expected 0 < alpha <= 1 (1 = no steering, paper: 0.01)")

@@ -65,6 +65,7 @@ def token_losses(
     if dense:
         _refuse_length(model, T - 1)
         past = DynamicCache(config=model.config)
+        past.prompt_length = T - 1  # for steering: it comes in blocks
     else:
         past = SinkCache(model, sinks=sinks, window=window) if cache is None else cache
     scores = torch.empty(ids.shape[0], T - 1)
