@@ -16,6 +16,8 @@ from transformers.masking_utils import sdpa_mask
 def rotate(x: Tensor, positions: Tensor, rotary: nn.Module) -> Tensor:
     """The model's own rotary embedding: (B,H,T,D), positions (T,) -> (B,H,T,D)."""
     cos, sin = rotary(x.float(), positions[None])
+    if cos.shape[-1] == len(getattr(rotary, "inv_freq", ())):  # gpt-oss gives each angle once
+        cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
     d = cos.shape[-1]
     a, rest = x[..., :d], x[..., d:]
     half = torch.cat([-a[..., d // 2 :], a[..., : d // 2]], -1)
@@ -34,7 +36,7 @@ class Oracle:
         AttentionMaskInterface.register(name, sdpa_mask)
         self.model.set_attn_implementation(name)
 
-    def attend(self, module, query, key, value, mask, scaling=None, **_):  # noqa: ANN001, ANN003, ANN201
+    def attend(self, module, query, key, value, mask, scaling=None, s_aux=None, **_):  # noqa: ANN001, ANN003, ANN201
         keys, values = self.store.get(module, [key[:, :, :0], value[:, :, :0]])
         keys, values = torch.cat([keys, key], 2), torch.cat([values, value], 2)
         slots = torch.arange(keys.shape[2])
@@ -43,7 +45,10 @@ class Oracle:
         k, q = rotate(keys, slots, self.rotary), rotate(query, slots[-1:], self.rotary)
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-        out = ((q @ k.mT) * (scaling or q.shape[-1] ** -0.5)).softmax(-1) @ v
+        scores = (q @ k.mT) * (scaling or q.shape[-1] ** -0.5)
+        if s_aux is not None:  # a learned sink: one more score, which has no value
+            scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(len(q), -1, -1, -1)], -1)
+        out = scores.softmax(-1)[..., : k.shape[2]] @ v
         if keys.shape[2] > self.S + self.R:  # trimmed after each forward
             keys = torch.cat([keys[:, :, : self.S], keys[:, :, -self.R :]], 2)
             values = torch.cat([values[:, :, : self.S], values[:, :, -self.R :]], 2)

@@ -1,16 +1,23 @@
 """The attention function: stock where nothing is attached, honest about what it cannot serve."""
 
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
-from tiny_models import CONFIGS, tiny, tokens
-from torch import Tensor
+from tiny_models import CONFIGS, V, tiny, tokens
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, MambaConfig
 from transformers import PreTrainedModel as Model
 
 from steerkit.attention.hook import (
     AttentionCall,
+    Head,
     attach,
+    heads_by_layer,
     softmax_off_by_one,
     trace_attention,
     use_attention_function,
@@ -23,9 +30,11 @@ from steerkit.attention.record import (
     softmax,
     value_norms,
 )
+from steerkit.steering.pasta import emphasise
 
-REFUSED = {"gemma2": "SDPA", "gpt_oss": "SDPA", "gptj": "AttentionInterface"}
+REFUSED = {"gemma2": "softcap", "gptj": "AttentionInterface"}
 SERVED = [name for name in CONFIGS if name not in REFUSED]
+LEARNED_SINKS = ["gpt_oss", "mimo_v2_flash"]
 
 
 def state_of(model: Model) -> tuple[str, list[str]]:
@@ -43,7 +52,7 @@ def eager_weights(model: Model, ids: Tensor) -> Tensor:
     return out
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", [name for name in SERVED if name not in LEARNED_SINKS])
 @torch.no_grad()
 def test_nothing_attached_is_bit_equal_to_stock_sdpa(name: str) -> None:
     model, ids = tiny(name), tokens(2, 100)
@@ -118,9 +127,10 @@ def test_nesting_is_refused_and_the_first_edit_stays(llama: Model) -> None:
         with pytest.raises(ValueError, match="already attached"), attach(llama, edits):
             pass
         assert state_of(llama) == inside
-    refused = pytest.raises(ValueError, match="already attached")
-    with softmax_off_by_one(llama), refused, softmax_off_by_one(llama):
-        pass
+    for sinks in (llama, tiny("gpt_oss")):
+        refused = pytest.raises(ValueError, match="already")
+        with softmax_off_by_one(llama), refused, softmax_off_by_one(sinks):
+            pass
     assert state_of(llama) == ("sdpa", [])
 
 
@@ -183,8 +193,9 @@ def test_softmax_off_by_one_equals_its_formula(name: str) -> None:
 def test_softmax_with_a_zero_sink_is_softmax_over_one_more_zero_score() -> None:
     scores = torch.tensor([[0.0, 0.0, -torch.inf], [2.0, 1.0, 3.0]])
     exp = scores.exp()
-    torch.testing.assert_close(softmax(scores, True), exp / (1 + exp.sum(-1, keepdim=True)))
-    assert softmax(scores, True)[0].tolist() == pytest.approx([1 / 3, 1 / 3, 0])
+    weights = softmax(scores, torch.zeros(1))
+    torch.testing.assert_close(weights, exp / (1 + exp.sum(-1, keepdim=True)))
+    assert weights[0].tolist() == pytest.approx([1 / 3, 1 / 3, 0])
 
 
 @pytest.mark.parametrize("zero_sink", [False, True])
@@ -216,3 +227,216 @@ def test_value_norms_are_norms_of_the_projected_values(llama: Model) -> None:
     norms = value_norms(llama, ids)
     assert norms.shape == (2, 2, 9)
     torch.testing.assert_close(norms[0], values.norm(dim=-1).T)
+
+
+# Learned sinks
+
+
+@pytest.mark.parametrize("name", LEARNED_SINKS)
+@torch.no_grad()
+def test_learned_sinks_equal_eager_attention(name: str) -> None:
+    model, ids = tiny(name), tokens(2, 100)
+    padding = torch.ones_like(ids)
+    padding[0, :5] = 0
+
+    def run() -> list[Tensor]:
+        new = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        padded = model(ids, attention_mask=padding).logits[:, 5:]
+        return [model(ids).logits, padded, model.generate(ids, attention_mask=padding, **new)]
+
+    assert state_of(model) == ("eager", [])  # transformers runs them on SDPA in no case
+    eager = run()
+    with use_attention_function(model):
+        for ours, wanted in zip(run(), eager, strict=True):
+            torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
+    assert state_of(model) == ("eager", [])
+    for module in model.modules():
+        if getattr(module, "sinks", None) is not None:
+            module.sinks.fill_(-torch.inf)
+    assert (model(ids).logits - eager[0]).abs().max() > 0.05  # the sinks matter here
+
+
+@pytest.mark.parametrize("name", LEARNED_SINKS)
+@torch.no_grad()
+def test_a_learned_sink_has_a_share_of_its_own(name: str) -> None:
+    model, ids = tiny(name), tokens(1, 60)
+    share = 1 - eager_weights(model, ids).sum(-1).mean(-1)  # (L,B,H)
+    torch.testing.assert_close(mean_weight_on_key(model, ids, k=None), share.transpose(0, 1))
+    eps = share.median().item() + 1e-4
+    metric = sink_metric(model, ids, eps=eps, k=None, tokens=60)
+    assert metric == pytest.approx((share > eps).float().mean().item())
+    assert 0 < metric < 1
+
+
+@pytest.mark.parametrize("name", LEARNED_SINKS)
+@torch.no_grad()
+def test_emphasis_with_a_learned_sink_is_eager_reweighting(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equation 2 on transformers' own eager weights; the sink keeps its weight of before."""
+    model, ids, heads = tiny(name), tokens(2, 90), [(0, 1), (1, 0), (1, 3)]
+    padding, factor = torch.ones_like(ids), torch.full(ids.shape, 0.01)
+    padding[0, :5] = 0
+    factor[:, 10:20] = 1
+    file = sys.modules[type(model).__module__]
+    eager = file.eager_attention_forward
+
+    def reweighted(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *mask, **other) -> tuple:
+        weights = eager(module, q, k, v, *mask, **other)[1]
+        sink = 1 - weights.sum(-1, keepdim=True)
+        for layer, head in heads:
+            if layer == module.layer_idx:
+                weights[:, head] *= factor[:, None]
+        weights = weights / (weights.sum(-1, keepdim=True) + sink)
+        return (weights @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)).transpose(1, 2), None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(file, "eager_attention_forward", reweighted)
+        wanted = model(ids, attention_mask=padding).logits
+    with emphasise(model, [[(10, 20)]] * 2, heads):
+        steered = model(ids, attention_mask=padding).logits
+    torch.testing.assert_close(steered[:, 5:], wanted[:, 5:], atol=1e-5, rtol=0)
+    assert (steered - model(ids, attention_mask=padding).logits)[:, 5:].abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_a_learned_sink_in_bfloat16_is_nearer_to_the_truth_than_eager() -> None:
+    model = tiny("gpt_oss").bfloat16()
+    call = trace_attention(model, tokens(2, 60))[1]
+    eager = sys.modules[type(model).__module__].eager_attention_forward
+
+    def by_eager(dtype: torch.dtype) -> Tensor:
+        call.module.sinks.data = call.learned_sink.to(dtype)
+        qkv = [x.to(dtype) for x in (call.query, call.key, call.value)]
+        future = torch.full((60, 60), -torch.inf, dtype=dtype).triu(1)
+        return eager(call.module, *qkv, future, scaling=call.scaling)[0]
+
+    exact = by_eager(torch.float64)
+    ours, theirs = (x.double() - exact for x in (call.attend(), by_eager(torch.bfloat16)))
+    assert 0 < ours.norm() < theirs.norm()
+
+
+def test_a_learned_sink_has_its_gradient() -> None:
+    model, ids = tiny("gpt_oss"), tokens(2, 30)
+    gradients = []
+    for attention in (nullcontext(), use_attention_function(model)):
+        with attention:
+            model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad for n, p in model.named_parameters() if "attn" in n])
+        model.zero_grad()
+    assert gradients[0]
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
+def test_a_model_without_sdpa_is_refused_unless_sinks_are_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny("llama")
+    model.set_attn_implementation("eager")
+    monkeypatch.setattr(type(model), "_supports_sdpa", False)
+    with pytest.raises(ValueError, match="SDPA cannot compute"), use_attention_function(model):
+        pass
+    assert state_of(model) == ("eager", [])
+
+
+# What comes in
+
+PAIRS = [(0, 1), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        PAIRS,
+        iter(PAIRS),
+        torch.tensor(PAIRS),
+        np.array(PAIRS),
+        ["L0H1", Head(1, 2)],
+        [(torch.tensor(0), torch.tensor(1)), torch.tensor([1, 2])],
+        {"0": [1], "1": torch.tensor([2])},
+        {0: np.array([1]), torch.tensor(1): (2,)},
+    ],
+    ids=str,
+)
+def test_heads_come_in_every_form(llama: Model, heads: object) -> None:
+    assert heads_by_layer(llama, heads) == {0: [1], 1: [2]}
+
+
+@pytest.mark.parametrize("head", [Head(1, 2), (1, 2), "L1H2", torch.tensor([1, 2]), ["L1H2"]])
+def test_one_head_needs_no_list(llama: Model, head: object) -> None:
+    assert heads_by_layer(llama, head) == {1: [2]}
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [3, "H2", [1.0, 2.0], [(0.0, 1.0)], [(True, False)], torch.zeros(2, 2), torch.ones(1, 3).int()],
+    ids=str,
+)
+def test_what_is_no_head_is_refused_in_one_sentence(llama: Model, heads: object) -> None:
+    with pytest.raises(ValueError, match=r"heads .* \(layer, index\)"):
+        heads_by_layer(llama, heads)
+
+
+def test_layers_come_as_tensors_too(llama: Model) -> None:
+    layers: list[int] = []
+    for chosen in (torch.tensor([1]), [torch.tensor(1)], np.array([1]), {1: "a map's keys"}):
+        record_weights(llama, tokens(1, 5), lambda r: layers.append(r.layer), layers=chosen)
+    assert layers == [1] * 4
+    one = torch.tensor(1)
+    with attach(llama, {one: lambda call: 0 * call.attend()}):
+        assert attention_weights(llama, tokens(1, 5)).shape  # an edit of layer 1 is attached
+        with pytest.raises(ValueError, match="already"), attach(llama, {1: AttentionCall.attend}):
+            pass
+    for bad in ([2], [0.5]):
+        with pytest.raises(ValueError, match="layers"):
+            record_weights(llama, tokens(1, 5), print, layers=bad)
+
+
+def in_a_thread(run: Callable[[], object]) -> object:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+@pytest.mark.parametrize("state", ["edit", "recorder", "zero sink"])
+def test_a_second_thread_is_refused_by_the_reason(llama: Model, state: str) -> None:
+    ids = tokens(1, 5)
+
+    def from_a_thread(*_: object) -> None:
+        for run in (lambda: llama(ids), lambda: attach(llama, {}).__enter__()):
+            with pytest.raises(ValueError, match="another thread"):
+                in_a_thread(run)
+
+    if state == "recorder":
+        record_weights(llama, ids, from_a_thread)
+    else:
+        edits = {0: AttentionCall.attend}
+        with softmax_off_by_one(llama) if state == "zero sink" else attach(llama, edits):
+            from_a_thread()
+    in_a_thread(lambda: llama(ids))  # and afterwards all threads may
+
+
+def test_a_backward_pass_in_another_thread_may_run_layers_again(llama: Model) -> None:
+    """As CUDA's does, under gradient checkpointing."""
+    model = tiny("llama").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with softmax_off_by_one(model):
+        loss = model(tokens(1, 9), labels=tokens(1, 9)).loss
+        in_a_thread(loss.backward)
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gpt2"])
+def test_weights_are_not_asked_for_by_output_attentions(name: str) -> None:
+    model = tiny(name)
+    with (
+        attach(model, {0: AttentionCall.attend}),
+        pytest.raises(ValueError, match="output_attentions=True"),
+    ):
+        model(tokens(1, 5), output_attentions=True)
+
+
+def test_a_model_without_softmax_attention_is_refused_in_one_sentence() -> None:
+    model = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=V, hidden_size=16))
+    for ask in (attention_weights, sink_metric, lambda m, ids: heads_by_layer(m, None)):
+        with pytest.raises(ValueError, match="Mamba"):
+            ask(model, tokens(1, 64))

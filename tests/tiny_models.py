@@ -34,7 +34,16 @@ CONFIGS: dict[str, dict[str, object]] = {
     "gpt2": _GPT2,
     "olmo2": SIZE,
     "smollm3": SIZE | {"no_rope_layers": [1, 0]},
-    "gpt_oss": SIZE | {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "gpt_oss": SIZE
+    | {"sliding_window": 64, "layer_types": LAYER_TYPES}
+    | {"num_local_experts": 2, "num_experts_per_tok": 1}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "mimo_v2_flash": SIZE  # a sink in the second layer only, and values wider than keys
+    | {"sliding_window": 65, "layer_types": LAYER_TYPES[::-1], "mlp_layer_types": ["dense"] * 2}
+    | {"v_head_dim": 12, "swa_v_head_dim": 12},
+    "opt": _OLD
+    | {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"word_embed_proj_dim": 32, "max_position_embeddings": 128},
     "gptj": _GPT2 | {"rotary_dim": 4},
 }
 
@@ -48,9 +57,11 @@ def tiny(name: str, *, seed: int = 0, sharpen: float = 4.0, **changes: object) -
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.mul_(sharpen)
+            elif "sink" in name:
+                parameter.normal_(1)
     return model
 
 

@@ -4,11 +4,23 @@ It is registered once, at import, under the name "steerkit" in transformers' `At
 *and* `AttentionMaskInterface`. (A name that is missing from the second gives attention that is
 silently not causal.) Edits, recorders and the zero sink are stored on the attention modules for the
 length of a `with`. Where a module has none of them, the function is transformers' own SDPA path.
+Learned sinks (gpt-oss: one score per head that takes weight and has no value) are honoured always.
+
+One thread per model: what is attached belongs to the thread that entered the `with`, and a call
+from another thread raises ValueError. Enter the `with` in the thread that calls `generate`. A
+suspended generator or coroutine of the same thread cannot be told apart: until its `with` ends,
+every call of the model is steered.
 
 Axes: B batch, L layers, H query heads, Hkv key heads, Q/K query/key positions, D head size,
 T tokens.
 """
 
+import inspect
+import operator
+import re
+import sys
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,15 +38,17 @@ from steerkit.models import Model
 ATTENTION_NAME = "steerkit"
 # Keys of a module's `__dict__`. The spaces keep them apart from attributes.
 _EDIT, _RECORDER, _ZERO_SINK = "steerkit edit", "steerkit recorder", "steerkit zero sink"
+# The fast kernels of accelerators want head sizes that are multiples of 8; a CPU's take any.
+_ALIGN = {"cpu": 1}
 
 
 @dataclass(frozen=True)
 class AttentionCall:
     """One attention call, rotary embedding applied: query (B,H,Q,D), key and value (B,Hkv,K,D).
 
-    `mask` is None (causal), boolean (True = visible) or additive, and broadcasts to (B,H,Q,K).
-    `options` holds what else the architecture passed (dropout, sliding_window, ...). `recorder`
-    sees the call that is computed, so after the changes of an edit.
+    `mask` is None (see `causal`), boolean (True = visible) or additive, and is broadcast to
+    (B,H,Q,K). `options` holds what else the architecture passed (dropout, sliding_window, ...).
+    `recorder` sees the call that is computed, so after the changes of an edit.
     """
 
     module: nn.Module
@@ -47,9 +61,23 @@ class AttentionCall:
     recorder: "Callable[[AttentionCall], None] | None" = None
 
     @property
-    def zero_sink(self) -> bool:
-        """Whether this layer's softmax is softmax-off-by-one."""
-        return _ZERO_SINK in self.module.__dict__
+    def causal(self) -> bool:
+        """Whether SDPA hides later keys by itself: without a mask, unless bidirectional."""
+        stated = self.options.get("is_causal")
+        is_causal = getattr(self.module, "is_causal", True) if stated is None else stated
+        return self.mask is None and self.query.shape[2] > 1 and is_causal
+
+    @property
+    def learned_sink(self) -> Tensor | None:
+        """The learned sink's score of each query head, (H,), where the architecture has one."""
+        return self.options.get("s_aux")
+
+    @property
+    def sink(self) -> Tensor | None:
+        """Score of a key without a value, (H,): learned, or 0 in softmax-off-by-one; else None."""
+        if _attached(self.module, _ZERO_SINK):
+            return self.query.new_zeros(self.query.shape[1])
+        return self.learned_sink
 
     def attend(self, **changes: Any) -> Tensor:
         """The layer's own attention -> (B,Q,H,D); `changes` replace fields for this computation.
@@ -59,21 +87,46 @@ class AttentionCall:
         call = replace(self, **changes) if changes else self
         if call.recorder is not None:
             call.recorder(call)
-        return call._attend_off_by_one() if call.zero_sink else call._sdpa()
+        return call._sdpa() if call.sink is None else call._attend_with_sink()
 
-    def _attend_off_by_one(self) -> Tensor:
-        """Softmax-off-by-one is softmax with one more key and value, both zero."""
+    def widened(self, query: Tensor, key: Tensor) -> "AttentionCall":
+        """More dimensions (...,Q,n) and (...,K,n), which add scaling * query . key to the scores.
+
+        They broadcast over batch and heads. Values, and with them the output, get as many zeros:
+        the fast kernels want one width for all three.
+        """
+        n = query.shape[-1]
+        fill = -(self.query.shape[-1] + n) % _ALIGN.get(self.query.device.type, 8)
+
+        def wider(x: Tensor, more: Tensor) -> Tensor:
+            more = F.pad(more.to(x.dtype), (0, fill))
+            return torch.cat([x, more.expand(*x.shape[:3], -1)], dim=-1)
+
+        value = F.pad(self.value, (0, n + fill))
+        return replace(self, query=wider(self.query, query), key=wider(self.key, key), value=value)
+
+    def _attend_with_sink(self) -> Tensor:
+        """A sink is one more key, in front, with a zero value.
+
+        A zero key has the score 0. One more dimension makes a learned score of it.
+        """
         front = (0, 0, 1, 0)
         call = replace(self, key=F.pad(self.key, front), value=F.pad(self.value, front))
+        if self.learned_sink is not None:
+            score = exact_parts(self.learned_sink / self.scaling, self.query.dtype)  # (H,n)
+            is_sink = F.pad(torch.ones_like(score[:1]), (0, 0, 0, self.key.shape[2]))  # (1+K,n)
+            call = call.widened(score[:, None], is_sink)
+
+        width = self.value.shape[-1]
         if self.mask is None and self.query.shape[2] > 1:
             # A zero query in front keeps the causal diagonal in place, so that the fast kernels
             # without a mask stay available. Its output is dropped.
-            return replace(call, query=F.pad(self.query, front))._sdpa()[:, 1:]
+            return replace(call, query=F.pad(call.query, front))._sdpa()[:, 1:, :, :width]
 
         if self.mask is not None:
             visible = True if self.mask.dtype == torch.bool else 0.0
             call = replace(call, mask=F.pad(self.mask, (1, 0), value=visible))
-        return call._sdpa()
+        return call._sdpa()[..., :width]
 
     def _sdpa(self) -> Tensor:
         tensors = (self.query, self.key, self.value, self.mask)
@@ -90,14 +143,41 @@ def steerkit_attention(
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer -> (output (B,Q,H,D), None for the weights)."""
     state = module.__dict__
-    if _EDIT not in state and _ZERO_SINK not in state and _RECORDER not in state:
+    plain = _EDIT not in state and _ZERO_SINK not in state and _RECORDER not in state
+    if plain and other.get("s_aux") is None:
         return sdpa_attention_forward(module, query, key, value, mask, **other)
 
     scaling = other.pop("scaling", None) or query.shape[-1] ** -0.5
-    recorder = state.get(_RECORDER)
+    recorder = _attached(module, _RECORDER)
     call = AttentionCall(module, query, key, value, mask, scaling, other, recorder)
-    edit = state.get(_EDIT, AttentionCall.attend)
+    edit = _attached(module, _EDIT) or AttentionCall.attend
     return edit(call), None
+
+
+def _attached(module: nn.Module, kind: str) -> Any:
+    """What is attached to `module`, or None; ValueError in a thread that did not attach it."""
+    if kind not in module.__dict__:
+        return None
+    attached, thread = module.__dict__[kind]
+    # The backward pass has threads of its own, in which checkpointed layers run once more.
+    backward = torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1
+    if not backward and thread != threading.get_ident():
+        raise ValueError(_THREADS)
+    return attached
+
+
+_THREADS = (
+    "another thread has attached an edit or a recorder to this model: use a model in one thread "
+    "at a time, and enter the `with` in the thread that calls the model"
+)
+
+
+def exact_parts(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers (...,n) that add up to x (...): two in half precision, which rounds, else one."""
+    high = x.to(dtype)
+    if dtype.itemsize > 2:
+        return high[..., None]
+    return torch.stack([high, (x.float() - high).to(dtype)], dim=-1)
 
 
 AttentionInterface.register(ATTENTION_NAME, steerkit_attention)
@@ -114,21 +194,55 @@ def use_attention_function(model: Model) -> Iterator[None]:
     if config._attn_implementation == ATTENTION_NAME:
         yield
         return
-    calls_it = model._supports_attention_backend and model._can_set_attn_implementation()
-    if not (calls_it and model._supports_sdpa):
+    if not (model._supports_attention_backend and model._can_set_attn_implementation()):
         raise ValueError(
-            f"{type(model).__name__}: steerkit needs attention that goes through transformers' "
-            "AttentionInterface and runs on SDPA (no attention code of the model's own, no "
-            "soft-capped scores, no learned sinks); use Llama, Qwen, GPT-NeoX or their like"
+            f"{type(model).__name__}: its attention does not go through transformers' "
+            "AttentionInterface (attention code of the model's own); use Llama, Qwen, GPT-NeoX or "
+            "their like"
         )
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     previous = {name: part._attn_implementation for name, part in parts.items() if part is not None}
     previous[""] = config._attn_implementation
     try:
         model.set_attn_implementation(ATTENTION_NAME)
-        yield
+        if not model._supports_sdpa and model not in _COMPUTED:
+            _refuse_uncomputed(model)
+            _COMPUTED.add(model)
+        with model.register_forward_pre_hook(_refuse_weights, with_kwargs=True):
+            yield
     finally:
         model.set_attn_implementation(previous)
+
+
+def _refuse_weights(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True: the attention function returns no weights; leave it out, and "
+            "read them with steerkit.attention_weights inside the same `with`"
+        )
+
+
+_COMPUTED: weakref.WeakSet[Model] = weakref.WeakSet()  # without SDPA support, and checked
+
+
+def _refuse_uncomputed(model: Model) -> None:
+    """ValueError unless learned sinks are all that keeps transformers from running it on SDPA."""
+    known = {*inspect.signature(sdpa_attention_forward).parameters, "s_aux"}
+
+    def check(call: AttentionCall) -> Tensor:
+        eager = getattr(sys.modules[type(call.module).__module__], "eager_attention_forward", None)
+        read = inspect.signature(eager).parameters if eager else call.options
+        more = sorted(name for name in {*read} - known if call.options.get(name) is not None)
+        if more or "s_aux" not in call.options:
+            raise ValueError(
+                f"{type(model).__name__}: SDPA cannot compute its attention "
+                f"({', '.join(more) or 'transformers does not say why'}; softcap: soft-capped "
+                "scores, as in Gemma-2); use Llama, Qwen, GPT-NeoX or their like"
+            )
+        return call.attend()
+
+    with attach_to_modules(dict.fromkeys(model.modules(), check)):
+        record_calls(model, torch.zeros(1, 1, dtype=torch.long), lambda layer, call: None)
 
 
 @contextmanager
@@ -145,10 +259,11 @@ def attach(model: Model, edits: Mapping[int, Edit]) -> Iterator[None]:
     >>> torch.equal(changed, model(ids).logits)
     False
     """
-    modules = [call.module for call in trace_attention(model)]
-    if unknown := [layer for layer in edits if not 0 <= layer < len(modules)]:
-        raise ValueError(f"layers {unknown}: expected 0 <= layer < {len(modules)}")
-    by_module = {modules[layer]: edit for layer, edit in edits.items()}
+    calls = trace_attention(model)
+    by_module = {
+        calls[layer].module: edit
+        for layer, edit in zip(layer_numbers(model, edits), edits.values(), strict=True)
+    }
     with use_attention_function(model), attach_to_modules(by_module):
         yield
 
@@ -159,13 +274,13 @@ def attach_to_modules(edits: Mapping[nn.Module, Any], kind: str = _EDIT) -> Iter
 
     Recorders and zero sinks are stored in the same way, as another `kind` of state.
     """
-    if any(kind in module.__dict__ for module in edits):
+    if any(_attached(module, kind) for module in edits):
         raise ValueError(
             f"a {kind} is already attached to this model: leave its `with` before the next one"
         )
     try:
         for module, edit in edits.items():
-            module.__dict__[kind] = edit
+            module.__dict__[kind] = edit, threading.get_ident()
         yield
     finally:
         for module in edits:
@@ -179,7 +294,10 @@ def softmax_off_by_one(model: Model) -> Iterator[None]:
     An architecture, not an edit: it has gradients, so train inside the `with`, and evaluate inside
     it too. Recorders, streams and edits compose with it. No checkpoint remembers it.
     """
-    sinks = {call.module: True for call in trace_attention(model)}
+    calls = trace_attention(model)
+    if any(call.sink is not None for call in calls):
+        raise ValueError(f"{type(model).__name__} has learned sinks, or a zero sink, already")
+    sinks = {call.module: True for call in calls}
     with use_attention_function(model), attach_to_modules(sinks, _ZERO_SINK):
         yield
 
@@ -229,7 +347,8 @@ def trace_attention(
     ids = torch.zeros(1, 1, dtype=torch.long) if ids is None else ids
     calls: list[AttentionCall] = []
     # No change to any layer, but inside another edit it is refused.
-    with attach_to_modules(dict.fromkeys(model.modules(), AttentionCall.attend)):
+    unchanged = dict.fromkeys(model.modules(), AttentionCall.attend)
+    with use_attention_function(model), attach_to_modules(unchanged):
         record_calls(model, ids, lambda _, call: calls.append(call), **inputs)
     return calls
 
@@ -252,14 +371,21 @@ class Head(NamedTuple):
         return f"L{self.layer}H{self.index}"
 
 
-Heads = Iterable[tuple[int, int]] | Mapping[str, Iterable[int]]
-"""(layer, index) of each head, or the official head files' {"layer": [query heads]}."""
+Heads = Iterable[Any] | Mapping[Any, Iterable[int]] | str
+"""Heads as (layer, index), `Head`, "L2H3" or rows of an integer tensor or array (n,2); one of them
+alone; or the official head files' {"layer": [query heads]}."""
 
 
 def layer_and_head_counts(model: Model) -> tuple[int, int]:
     """(L, H): layers, and query heads of each."""
     config = model.config.get_text_config()
-    return config.num_hidden_layers, config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        raise ValueError(
+            f"{type(model).__name__} has no one number of attention heads "
+            f"(num_attention_heads: {heads}); use an architecture with softmax attention throughout"
+        )
+    return config.num_hidden_layers, heads
 
 
 def heads_by_layer(model: Model, heads: Heads | None) -> dict[int, list[int]]:
@@ -267,11 +393,59 @@ def heads_by_layer(model: Model, heads: Heads | None) -> dict[int, list[int]]:
     L, H = layer_and_head_counts(model)
     if heads is None:
         return {layer: list(range(H)) for layer in range(L)}
-    if isinstance(heads, Mapping):
-        heads = [(int(layer), index) for layer, indices in heads.items() for index in indices]
     chosen: dict[int, list[int]] = {}
-    for head in sorted({Head(*head) for head in heads}):
+    for head in sorted(set(_as_heads(heads))):
         if not (0 <= head.layer < L and 0 <= head.index < H):
             raise ValueError(f"{head}: expected 0 <= layer < {L} and 0 <= index < {H} query heads")
         chosen.setdefault(head.layer, []).append(head.index)
     return chosen
+
+
+def layer_numbers(model: Model, layers: Iterable[Any]) -> list[int]:
+    """Layers of a tensor, an array or any iterable of whole numbers, as ints."""
+    L, _ = layer_and_head_counts(model)
+    try:
+        numbers = [_whole(layer) for layer in _plain(layers)]
+    except TypeError:
+        raise ValueError(f"layers {_plain(layers)}: expected whole numbers below {L}") from None
+    if unknown := [layer for layer in numbers if not 0 <= layer < L]:
+        raise ValueError(f"layers {unknown}: expected 0 <= layer < {L}")
+    return numbers
+
+
+def _as_heads(heads: Heads) -> list[Head]:
+    """Every form of `Heads` as a list; ValueError for anything else."""
+    try:
+        if isinstance(heads, Mapping):
+            pairs = [(int(layer), index) for layer in heads for index in _plain(heads[layer])]
+        else:
+            pairs = [heads] if isinstance(heads, str) else list(_plain(heads))
+            if len(pairs) == 2 and not any(isinstance(_plain(x), Iterable) for x in pairs):
+                pairs = [pairs]  # one head, and not a list of heads
+        return [_as_head(pair) for pair in pairs]
+    except (TypeError, ValueError, AttributeError):
+        raise ValueError(
+            f"heads {_plain(heads)!r:.80}: expected (layer, index) pairs of whole numbers, a "
+            'tensor of them (n, 2), "L2H3", or {"layer": [query heads]}'
+        ) from None
+
+
+def _as_head(head: Any) -> Head:
+    if isinstance(head, str):
+        layer, index = map(int, re.fullmatch(r"L(\d+)H(\d+)", head).groups())
+    else:
+        layer, index = map(_whole, _plain(head))
+    return Head(layer, index)
+
+
+def _whole(number: Any) -> int:
+    """An int of any library's integer; TypeError for fractions, truth values and the rest."""
+    number = _plain(number)
+    if isinstance(number, bool):
+        raise TypeError
+    return operator.index(number)
+
+
+def _plain(numbers: Any) -> Any:
+    """Tensors and arrays as lists or numbers of Python: theirs hash by identity, not by value."""
+    return numbers.tolist() if hasattr(numbers, "tolist") else numbers

@@ -12,7 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steerkit.attention.hook import AttentionCall, layer_and_head_counts, record_calls
+from steerkit.attention.hook import (
+    AttentionCall,
+    layer_and_head_counts,
+    layer_numbers,
+    record_calls,
+)
 from steerkit.chat import check_ids
 from steerkit.models import Model
 
@@ -50,9 +55,11 @@ def record_weights(
     Chunks come layer by layer and query by query; one chunk is held at a time.
     """
     check_ids(model, ids)
+    chosen = range(layer_and_head_counts(model)[0]) if layers is None else layers
+    chosen = set(layer_numbers(model, chosen))
 
     def record_call(layer: int, call: AttentionCall) -> None:
-        if layers is None or layer in layers:
+        if layer in chosen:
             for chunk in _weight_chunks(call):
                 record(WeightChunk(layer, *chunk))
 
