@@ -40,6 +40,7 @@ from steerkit.streaming.stream_eval import (
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 ROTARY = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3", "gpt_neox", "olmo2", "smollm3"]
+ROTARY += ["gpt_oss"]  # learned sinks
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_the_official_numbers_can_tell_a_wrong_method(official, change: str) -> 
     assert gap(wrong, want["nll_4_60"][: len(wrong)]) > 0.05
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gpt_oss"])
 @pytest.mark.parametrize(("sinks", "window"), [(4, 20), (0, 9), (7, 1)])
 def test_losses_equal_one_token_at_a_time(name: str, sinks: int, window: int) -> None:
     model, ids = tiny(name), tokens(2, 220)
