@@ -1,4 +1,4 @@
-"""Where data and notebooks lie, and files written in one step.
+"""Where data, models and notebooks lie, and files written in one step.
 
 In a clone the folders data/ and notebooks/ stand beside the package; in a wheel they are inside it.
 """
@@ -27,6 +27,21 @@ def data_file(name: str) -> Path:
 def read_data(name: str) -> Any:
     """The content of a JSON file in data/."""
     return json.loads(data_file(name).read_text(encoding="utf-8"))
+
+
+def embedded() -> list[str]:
+    """Names of the models and adapters that come with steerkit."""
+    return sorted(path.parent.name for path in DATA.glob("*/*.safetensors"))
+
+
+def source_of(name: str | os.PathLike) -> str:
+    """The path of an embedded model; a directory or a hub id as it is. ValueError for neither."""
+    source = str(DATA / name) if name in embedded() else str(name)
+    # The hub would take a minute to say that it knows no such id.
+    no_id = source.startswith(("tiny", ".", "~", os.sep)) or source.count("/") > 1
+    if no_id and not Path(source).is_dir():
+        raise ValueError(f"{name}: no such directory, and no embedded model: {embedded()}")
+    return source
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
-from steerkit.files import DATA
+from steerkit.files import DATA, embedded, source_of
 
 
 def load(
@@ -34,9 +34,7 @@ def load(
     (6, 4096)
     """
     place = resolve_device(device)
-    source = str(DATA / name) if name in embedded() else str(name)
-    if source.startswith("tiny") and not Path(source).is_dir():  # the hub would take a minute
-        raise ValueError(f"{name}: no such directory, and no embedded model: {embedded()}")
+    source = source_of(name)
     if dtype == "auto" and place.type == "cpu":
         dtype = torch.float32
     adapter = Path(source) / "adapter_config.json"
@@ -59,11 +57,6 @@ def load(
             f"config.json and model.safetensors, a hub id, or one of {', '.join(embedded())}"
         ) from error
     return model.to(place).eval(), tokenizer
-
-
-def embedded() -> list[str]:
-    """Names of the models and adapters that come with steerkit."""
-    return sorted(path.parent.name for path in DATA.glob("*/*.safetensors"))
 
 
 def resolve_device(device: str) -> torch.device:

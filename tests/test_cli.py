@@ -12,7 +12,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
-from conftest import write_notebook
+from conftest import PARAMETERS, write_notebook
 
 from steerkit.files import NOTEBOOKS, ROOT
 from steerkit.lab import cli, runner
@@ -126,16 +126,24 @@ def test_a_kernel_that_hangs_or_dies_is_named(root, make_notebook, monkeypatch, 
     assert time.perf_counter() - start < 40
 
 
-def test_a_killed_run_keeps_what_was_done(root):
-    wait = "import pathlib, time\npathlib.Path('started').touch()\nif N == 2: time.sleep(60)"
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_ends_early_keeps_what_was_done_and_leaves_no_kernel(root, sent):
+    """A kill, and Ctrl-C in a terminal, which all processes of the run get."""
+    wait = "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))"
+    wait += "\nif N == 2: time.sleep(60)"
     write_notebook(root, "01_done", [claim("01_done")])
     write_notebook(root, "02_cut", [claim("02_cut"), wait])
-    process = subprocess.Popen([sys.executable, "-m", "steerkit", "run"], start_new_session=True)
-    while not (root / "notebooks" / "started").exists():
+    command = [sys.executable, "-m", "steerkit", "run"]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not (pid := root / "notebooks" / "pid").exists() or not pid.read_text():
         assert process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    os.killpg(process.pid, sent)
+    _, error = process.communicate()
+    if sent == signal.SIGINT:
+        assert process.returncode == 130
+        assert error.splitlines()[-1] == "steerkit run: interrupted" and "Traceback" not in error
+        assert not Path("/proc", pid.read_text()).exists()
     runs = root / "runs" / "cpu"
     assert sorted(path.name for path in runs.iterdir()) == ["01_done", "01_done.ipynb"]
     assert json.loads((runs / "01_done" / "one.claim.json").read_text())["holds"]
@@ -151,17 +159,22 @@ def test_a_killed_run_keeps_what_was_done(root):
             "01_good has no parameter TEXT; its cell tagged `parameters` has ['PROFILE'",
         ),
         (["-p", "N", "many"], "-p N many: expected int, like 2"),
+        (["-p", "BOOK", "book.txt"], "-p BOOK book.txt: no such file or folder"),
+        (["--model", "/nowhere"], "/nowhere: no such directory, and no embedded model"),
+        (["--out", "notebooks/01_good.ipynb"], "notebooks/01_good.ipynb"),
         (["--store", "-p", "N", "3"], "--store commits a profile's default run"),
         (["--only", "02"], "02_plain has no parameter PROFILE; its cell tagged"),
     ],
 )
 def test_wrong_requests_run_nothing(root, make_notebook, capsys, arguments, message):
-    make_notebook("01_good", [claim("01_good")])
+    parameters = f'{PARAMETERS}\nMODEL: str = "tiny"  # whose\nBOOK: str = ""  # a file'
+    make_notebook("01_good", [claim("01_good")], parameters=parameters)
     make_notebook("02_plain", [], parameters="")
     if "--only" not in arguments:
         arguments += ["--only", "01"]
     assert cli.main(["run", *arguments]) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
     assert not (root / "runs").exists()
 
 

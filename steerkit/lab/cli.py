@@ -22,7 +22,7 @@ PROFILES = ("smoke", "cpu", "gpu")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 a notebook failed or an exercise is open, 2 a wrong request."""
+    """Exit code: 0 done, 1 a failed notebook or open exercise, 2 a wrong request, 130 Ctrl-C."""
     args = _parser().parse_args(argv)
     try:
         return COMMANDS[args.name](args)
@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "; pip install 'steerkit[notebooks]'" if isinstance(error, ImportError) else ""
         print(f"steerkit {args.name}: {error}{hint}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"steerkit {args.name}: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ import yaml
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
-from steerkit.files import NOTEBOOKS, ROOT, write_json, write_text
+from steerkit.files import NOTEBOOKS, ROOT, embedded, source_of, write_json, write_text
 from steerkit.lab.usage import machine
 from steerkit.results import RUNS, versions
 
@@ -86,8 +86,15 @@ def overrides(
 
 
 def _typed(name: str, text: str, default: Any) -> Any:
-    """`text` from the command line as the type of the parameter's default."""
+    """`text` from the command line as the type of the parameter's default.
+
+    Where the default is an embedded model, `text` is a model; where it is empty, a file or folder.
+    """
     if isinstance(default, str):
+        if default in embedded():
+            source_of(text)
+        if default == "" != text and not Path(text).exists():
+            raise ValueError(f"-p {name} {text}: no such file or folder")
         # The kernel's working directory is the notebook's, so a path means the user's.
         return str(Path(text).resolve()) if text != default and Path(text).exists() else text
     value = yaml.safe_load(text)
@@ -125,7 +132,7 @@ def execute(
                 kernel_name="python3",
                 cwd=cwd or path.parent,
                 execution_timeout=CELL_TIMEOUT[profile],
-                extra_arguments=["--log-level=ERROR"],  # a local kernel warns of plain TCP
+                extra_arguments=["--log-level=CRITICAL"],  # no warning of plain TCP
             )
     except Exception as failure:  # one notebook's failure must not stop the others
         return Outcome(path.stem, _explain(failure), partial / path.name, results)
