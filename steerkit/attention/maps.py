@@ -68,9 +68,9 @@ def attention_map(
             part = weights[:, first : edges[row + 1] - chunk.queries.start]
             cells = by_key[row, chunk.keys]
             if reduce == "max":
-                torch.maximum(cells, part.amax((0, 1)).cpu(), out=cells)
+                torch.maximum(cells, part.flatten(0, 1).amax(0).cpu(), out=cells)
             else:
-                cells += part.sum((0, 1)).cpu()
+                cells += part.flatten(0, 1).sum(0).cpu()
 
     record_weights(model, ids, record, layers=chosen)
     by_key[:, :skip] = 0
@@ -117,12 +117,14 @@ def span_attention(model: Model, ids: Tensor, spans: Sequence[Span]) -> SpanAtte
     T = ids.shape[1]
     if (end := inside.shape[1]) > T:
         raise ValueError(f"the spans end at token {end}, past the {T} tokens of this text")
+    first, stop = inside[0].nonzero()[[0, -1], 0] + torch.tensor([0, 1])
     share, peak = torch.zeros(2, *layer_and_head_counts(model), T)
 
     def record(chunk: WeightChunk) -> None:
-        keys = inside[0, chunk.keys].nonzero()[:, 0].to(chunk.weights.device)
-        if len(keys):
-            weights = chunk.weights[0].index_select(-1, keys)  # (H,q,span)
+        start, end = max(first, chunk.keys.start), min(stop, chunk.keys.stop)
+        if start < end:
+            weights = chunk.weights[0, ..., start - chunk.keys.start : end - chunk.keys.start]
+            weights = weights * inside[0, start:end].to(weights.device)  # (H,q,keys)
             share[chunk.layer, :, chunk.queries] = weights.sum(-1).cpu()
             peak[chunk.layer, :, chunk.queries] = weights.amax(-1).cpu()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from steerkit.attention.hook import (
     AttentionCall,
+    heads_by_layer,
     layer_and_head_counts,
     layer_numbers,
     record_calls,
@@ -72,33 +73,38 @@ def _weight_chunks(call: AttentionCall) -> Iterator[tuple[slice, slice, Tensor]]
     Hkv, K = call.key.shape[1:3]
     key = call.key.contiguous()
     sink = None if call.sink is None else call.sink.float()[:, None, None]  # (H,1,1)
-    numbers = _CHUNK_NUMBERS * (1 if key.device.type == "cpu" else 16)
-    step = max(1, numbers // (B * H * K))
-    for start in range(0, Q, step):
-        queries = slice(start, min(start + step, Q))
+    numbers = _CHUNK_NUMBERS * (1 if key.device.type == "cpu" else 16) // (B * H)
+    start = 0
+    while start < Q:
+        # The last of `step` causal queries sees start + step keys: step * (start + step) numbers.
+        step = (math.isqrt(start**2 + 4 * numbers) - start) // 2 if call.causal else numbers // K
+        queries = slice(start, min(start + max(1, step), Q))
         keys, bias = _visible_keys(call, queries)
         grouped = call.query[:, :, queries].reshape(B, Hkv, -1, D)  # by the key head that they use
         scores = (grouped @ key[:, :, keys].mT).float().mul_(call.scaling)
         scores = scores.view(B, H, -1, scores.shape[-1])
-        yield queries, keys, softmax(scores if bias is None else scores.add_(bias), sink)
+        if call.causal:  # without a cache query t is key t
+            later = torch.ones_like(scores[0, 0, :, queries], dtype=torch.bool).triu_(1)
+            scores[..., queries].masked_fill_(later, -math.inf)
+        if bias is not None:
+            scores.add_(bias)
+        yield queries, keys, softmax(scores, sink)
+        start = queries.stop
 
 
 def _visible_keys(call: AttentionCall, queries: slice) -> tuple[slice, Tensor | None]:
-    """The range of keys that `queries` see, and what is added to their scores, (...,q,k)."""
-    keys, mask = slice(0, call.key.shape[2]), call.mask
-    if call.causal:  # without a cache query t is key t
-        key = torch.arange(keys.stop, device=call.key.device)
-        mask = key <= key[queries, None]
-    elif mask is None:
-        return keys, None
-    elif mask.shape[-2] > 1:
+    """The range of keys that `queries` see, and what the mask adds to their scores, (...,q,k)."""
+    if (mask := call.mask) is None:
+        return slice(0, queries.stop if call.causal else call.key.shape[2]), None
+    if mask.shape[-2] > 1:
         mask = mask[..., queries, :]
     visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
     numbers = visible.flatten(0, -2).any(0).nonzero()
     keys = slice(int(numbers[0]), int(numbers[-1]) + 1)
+    mask = mask[..., keys]
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -math.inf)
-    return keys, mask[..., keys]
+    return keys, mask
 
 
 def softmax(scores: Tensor, sink: Tensor | None = None) -> Tensor:
@@ -180,7 +186,8 @@ def sink_metric(
             f"eps={eps}, k={k}, tokens={tokens}: expected 0 < eps < 1 (0.3 in the paper) and "
             f"k < tokens <= {ids.shape[-1]}, the length of ids"
         )
-    return (mean_weight_on_key(model, ids[:, :tokens], k=k) > eps).float().mean().item()
+    mean = mean_weight_on_key(model, ids[:, :tokens], k=k)[:, list(heads_by_layer(model, None))]
+    return (mean > eps).float().mean().item()
 
 
 def value_norms(model: Model, ids: Tensor) -> Tensor:
