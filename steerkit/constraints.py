@@ -75,7 +75,8 @@ class OwnConstraint(NamedTuple):
     obeyed: Callable[[str], bool]
     probe: Probe | None = None
     recalled: Callable[[str], bool] | None = None
-    family: str = "own"
+
+    family = "own"
 
 
 class Question(NamedTuple):
@@ -124,15 +125,14 @@ def as_constraint(own: Any) -> Constraint | OwnConstraint:
     and perhaps `probe` and `recalled(reply)`."""
     if isinstance(own, Constraint):
         return own
-    names = ("probe", "recalled", "family")
-    parts = {name: getattr(own, name) for name in names if hasattr(own, name)}
     obeyed = getattr(own, "obeyed", own)
-    if not callable(obeyed) or (parts.get("probe") and not callable(parts.get("recalled"))):
+    probe, recalled = getattr(own, "probe", None), getattr(own, "recalled", None)
+    if not callable(obeyed) or (probe and not callable(recalled)):
         raise ValueError(
             f"{own!r}: expected a Constraint, a function (reply -> obeyed), or an object with "
             "obeyed(reply), and with recalled(reply) if it has a probe"
         )
-    return OwnConstraint(obeyed, **parts)
+    return OwnConstraint(obeyed, probe, recalled)
 
 
 def check_together(constraints: Sequence[Constraint | OwnConstraint]) -> None:

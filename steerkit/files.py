@@ -26,7 +26,15 @@ def data_file(name: str) -> Path:
 
 def read_data(name: str) -> Any:
     """The content of a JSON file in data/."""
-    return json.loads(data_file(name).read_text(encoding="utf-8"))
+    return read_json(data_file(name))
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; ValueError names it if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON, or damaged ({error}): make it again") from error
 
 
 def embedded() -> list[str]:

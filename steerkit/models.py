@@ -1,6 +1,5 @@
 """Load a model: an embedded one, a local directory or a hub id, all in one way."""
 
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
-from steerkit.files import DATA, embedded, source_of
+from steerkit.files import DATA, embedded, read_json, source_of
 
 
 def load(
@@ -42,7 +41,7 @@ def load(
         if adapter.exists():
             if not adapter.with_name("adapter_model.safetensors").exists():
                 raise ValueError("no adapter_model.safetensors; other formats can run code")
-            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+            base = read_json(adapter)["base_model_name_or_path"]
             model, tokenizer = load(base, device=device, dtype=dtype)
             return _merged(model, source), tokenizer
         with _no_bar() if Path(source).parent == DATA else nullcontext():

@@ -1,9 +1,10 @@
 """The claims that a run has left on disk, as one table."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from steerkit.files import read_json
 
 LINE = "{:5} {:8} {:44.44} {:21.21} {:18.18}"  # 100 columns: what is too long is cut
 
@@ -11,7 +12,7 @@ LINE = "{:5} {:8} {:44.44} {:21.21} {:18.18}"  # 100 columns: what is too long i
 def read_claims(folders: Iterable[Path]) -> list[dict[str, Any]]:
     """Every claim in `folders`, one folder for each notebook, whose name is added to each claim."""
     return [
-        {"notebook": folder.name} | json.loads(file.read_text(encoding="utf-8"))
+        {"notebook": folder.name} | read_json(file)
         for folder in folders
         for file in sorted(folder.glob("*.claim.json"))
     ]

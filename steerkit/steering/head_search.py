@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from steerkit.attention.hook import Head, Heads, heads_by_layer, layer_and_head_counts
-from steerkit.files import write_text
+from steerkit.files import read_json, write_text
 from steerkit.models import Model
 from steerkit.steering.pasta import check_alpha, emphasise
 from steerkit.steering.scoring import Prompt, PromptBatch, answer_scores, padded
@@ -80,7 +80,7 @@ class HeadTable:
 
 def load_table(path: str | Path) -> HeadTable:
     """A table that `save` or `score_heads(path=...)` wrote."""
-    stored = json.loads(Path(path).read_text(encoding="utf-8"))
+    stored = read_json(Path(path))
     scores, baseline = torch.tensor(stored["scores"]), torch.tensor(stored["baseline"])
     return HeadTable(scores, baseline, stored["about"])
 
