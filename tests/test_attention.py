@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from tiny_models import CONFIGS, V, tiny, tokens
+from tiny_models import CONFIGS, HYBRIDS, V, tiny, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MambaConfig
 from transformers import PreTrainedModel as Model
@@ -18,6 +18,7 @@ from steerkit.attention.hook import (
     Head,
     attach,
     heads_by_layer,
+    softmax_layers_only,
     softmax_off_by_one,
     trace_attention,
     use_attention_function,
@@ -31,6 +32,7 @@ from steerkit.attention.record import (
     value_norms,
 )
 from steerkit.steering.pasta import emphasise
+from steerkit.streaming.sink_cache import SinkCache
 
 REFUSED = {"gemma2": "softcap", "gptj": "AttentionInterface"}
 SERVED = [name for name in CONFIGS if name not in REFUSED]
@@ -202,7 +204,7 @@ def test_softmax_with_a_zero_sink_is_softmax_over_one_more_zero_score() -> None:
 def test_reductions_equal_the_full_weights(
     llama: Model, zero_sink: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("steerkit.attention.record._CHUNK_NUMBERS", 4 * 50 * 3)  # one query each
+    monkeypatch.setattr("steerkit.attention.record._CHUNK_NUMBERS", 4 * 50 * 3)  # few queries each
     ids, rows = tokens(2, 50), []
     with softmax_off_by_one(llama) if zero_sink else use_attention_function(llama):
         full = torch.stack([attention_weights(llama, row[None]) for row in ids])  # (B,L,H,T,T)
@@ -211,7 +213,7 @@ def test_reductions_equal_the_full_weights(
         eps = heads.median().item() + 1e-4
         metric = sink_metric(llama, ids, eps=eps, k=0, tokens=20)
         record_weights(llama, ids, lambda r: rows.append(r.weights.shape[2]))
-    assert max(rows) == 1 and sum(rows) == 2 * 50  # chunks, and every row of both layers once
+    assert max(rows) < 9 and sum(rows) == 2 * 50  # chunks, and every row of both layers once
     torch.testing.assert_close(mass, full[..., 1:, 0].mean(-1))
     torch.testing.assert_close(alpha, full[..., 3:, 3].mean(-1))
     assert metric == pytest.approx((heads > eps).float().mean().item()) == 0.5
@@ -268,13 +270,15 @@ def test_a_learned_sink_has_a_share_of_its_own(name: str) -> None:
     assert 0 < metric < 1
 
 
-@pytest.mark.parametrize("name", LEARNED_SINKS)
+@pytest.mark.parametrize("name", [*LEARNED_SINKS, *HYBRIDS])
 @torch.no_grad()
-def test_emphasis_with_a_learned_sink_is_eager_reweighting(
+def test_emphasis_is_eager_reweighting_beside_sinks_and_linear_layers(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Equation 2 on transformers' own eager weights; the sink keeps its weight of before."""
-    model, ids, heads = tiny(name), tokens(2, 90), [(0, 1), (1, 0), (1, 3)]
+    """Equation 2 on transformers' own eager weights; a learned sink keeps its weight of before."""
+    model, ids = tiny(name), tokens(2, 90)
+    model.set_attn_implementation("eager")
+    heads = [(1, 0), (1, 2), (3 if name in HYBRIDS else 0, 1)]
     padding, factor = torch.ones_like(ids), torch.full(ids.shape, 0.01)
     padding[0, :5] = 0
     factor[:, 10:20] = 1
@@ -293,10 +297,53 @@ def test_emphasis_with_a_learned_sink_is_eager_reweighting(
     with monkeypatch.context() as patch:
         patch.setattr(file, "eager_attention_forward", reweighted)
         wanted = model(ids, attention_mask=padding).logits
-    with emphasise(model, [[(10, 20)]] * 2, heads):
+    which = softmax_layers_only(model) if name in HYBRIDS else nullcontext()
+    warned = pytest.warns(match=r"layers \[0, 2\]") if name in HYBRIDS else nullcontext()
+    with warned, which, emphasise(model, [[(10, 20)]] * 2, heads):
         steered = model(ids, attention_mask=padding).logits
     torch.testing.assert_close(steered[:, 5:], wanted[:, 5:], atol=1e-5, rtol=0)
     assert (steered - model(ids, attention_mask=padding).logits)[:, 5:].abs().max() > 0.01
+
+
+@pytest.mark.filterwarnings("ignore:layers")
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_hybrid_is_read_in_its_softmax_layers_when_asked(name: str) -> None:
+    model, ids = tiny(name), tokens(1, 40)
+    for read in (attention_weights, lambda m, _: attach(m, {1: AttentionCall.attend}).__enter__()):
+        with pytest.raises(ValueError, match=r"none in \[0, 2\]"):
+            read(model, ids)
+    eager = eager_weights(model, ids)[:, 0]
+    with softmax_layers_only(model) as layers:
+        assert layers == [1, 3] and [*heads_by_layer(model, None)] == layers
+        weights = attention_weights(model, ids)
+        alpha = mean_weight_on_key(model, ids)[:, layers]
+        assert sink_metric(model, ids, eps=alpha.median().item() + 1e-6, tokens=40) == 0.5
+        with pytest.raises(ValueError, match="L0H1: the layers with softmax"):
+            heads_by_layer(model, "L0H1")
+        with pytest.raises(ValueError, match=r"none in \[0, 2\]"):
+            SinkCache(model)
+    torch.testing.assert_close(weights[layers], eager, atol=2e-6, rtol=1e-4)
+    assert not weights[[0, 2]].any() and state_of(model) == ("sdpa", [])
+
+
+def test_masks_of_the_model_s_own_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where transformers promises nothing, it must compute the same as on SDPA."""
+    model = tiny("llama")
+    monkeypatch.setattr(type(model), "_supports_attention_backend", False)
+    with use_attention_function(model):
+        pass
+    other, forward = tiny("llama"), type(model.model).forward
+
+    def unmasked(
+        self: nn.Module, *args: object, attention_mask: object, **kwargs: object
+    ) -> object:
+        own = self.config._attn_implementation == "sdpa"
+        return forward(self, *args, attention_mask=attention_mask if own else None, **kwargs)
+
+    monkeypatch.setattr(type(other.model), "forward", unmasked)
+    with pytest.raises(ValueError, match="masks of the model's own"), use_attention_function(other):
+        pass
+    assert state_of(other) == ("sdpa", [])
 
 
 @torch.no_grad()
@@ -418,7 +465,7 @@ def test_a_second_thread_is_refused_by_the_reason(llama: Model, state: str) -> N
 def test_a_backward_pass_in_another_thread_may_run_layers_again(llama: Model) -> None:
     """As CUDA's does, under gradient checkpointing."""
     model = tiny("llama").train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     with softmax_off_by_one(model):
         loss = model(tokens(1, 9), labels=tokens(1, 9)).loss
         in_a_thread(loss.backward)

@@ -46,12 +46,21 @@ CONFIGS: dict[str, dict[str, object]] = {
     | {"word_embed_proj_dim": 32, "max_position_embeddings": 128},
     "gptj": _GPT2 | {"rotary_dim": 4},
 }
+# Linear attention or a convolution in layers 0 and 2, softmax attention in 1 and 3.
+_LINEAR = {"linear_num_value_heads": 2, "linear_num_key_heads": 2}
+_LINEAR |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 0}
+HYBRIDS: dict[str, dict[str, object]] = {
+    "qwen3_next": SIZE
+    | _LINEAR
+    | {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "lfm2": SIZE | {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
+}
 
 
 def tiny(name: str, *, seed: int = 0, sharpen: float = 4.0, **changes: object) -> PreTrainedModel:
     """A random model in eval mode; `sharpen` scales matrices: attention far from uniform."""
     model_type = {"gemma3": "gemma3_text"}.get(name, name)
-    config = AutoConfig.for_model(model_type, **CONFIGS[name])
+    config = AutoConfig.for_model(model_type, **(CONFIGS | HYBRIDS)[name])
     for key, value in changes.items():
         setattr(config, key, value)
     torch.manual_seed(seed)

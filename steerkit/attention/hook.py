@@ -20,6 +20,7 @@ import operator
 import re
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from steerkit.models import Model
 ATTENTION_NAME = "steerkit"
 # Keys of a module's `__dict__`. The spaces keep them apart from attributes.
 _EDIT, _RECORDER, _ZERO_SINK = "steerkit edit", "steerkit recorder", "steerkit zero sink"
+_LAYERS = "steerkit choice of layers"
 # The fast kernels of accelerators want head sizes that are multiples of 8; a CPU's take any.
 _ALIGN = {"cpu": 1}
 
@@ -194,20 +196,18 @@ def use_attention_function(model: Model) -> Iterator[None]:
     if config._attn_implementation == ATTENTION_NAME:
         yield
         return
-    if not (model._supports_attention_backend and model._can_set_attn_implementation()):
-        raise ValueError(
-            f"{type(model).__name__}: its attention does not go through transformers' "
-            "AttentionInterface (attention code of the model's own); use Llama, Qwen, GPT-NeoX or "
-            "their like"
-        )
+    if not model._can_set_attn_implementation():
+        raise ValueError(_OWN_CODE.format(type(model).__name__))
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     previous = {name: part._attn_implementation for name, part in parts.items() if part is not None}
     previous[""] = config._attn_implementation
     try:
+        if model not in _CHECKED:
+            _refuse_own_masks(model)
         model.set_attn_implementation(ATTENTION_NAME)
-        if not model._supports_sdpa and model not in _COMPUTED:
+        if model not in _CHECKED:
             _refuse_uncomputed(model)
-            _COMPUTED.add(model)
+        _CHECKED.add(model)
         with model.register_forward_pre_hook(_refuse_weights, with_kwargs=True):
             yield
     finally:
@@ -222,11 +222,34 @@ def _refuse_weights(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         )
 
 
-_COMPUTED: weakref.WeakSet[Model] = weakref.WeakSet()  # without SDPA support, and checked
+_CHECKED: weakref.WeakSet[Model] = weakref.WeakSet()  # models that need no second look
+_OWN_CODE = (
+    "{}: its attention does not go through transformers' AttentionInterface (attention code or "
+    "masks of the model's own); use Llama, Qwen, GPT-NeoX or their like"
+)
+
+
+def _refuse_own_masks(model: Model) -> None:
+    """ValueError if a new name of the function changes the model, padding included.
+
+    Asked only where transformers does not promise that it does not.
+    """
+    if model._supports_attention_backend or not model._supports_sdpa:
+        return
+    ids = torch.arange(12).view(2, 6)
+    real = (ids >= ids[:, :1] * 4 // 3).long()  # two pads in the second row
+    states = []
+    for name in ("sdpa", ATTENTION_NAME):
+        model.set_attn_implementation(name)
+        states.append(_forward(model, ids, attention_mask=real.to(model.device)))
+    if not torch.allclose(*states, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise ValueError(_OWN_CODE.format(type(model).__name__))
 
 
 def _refuse_uncomputed(model: Model) -> None:
     """ValueError unless learned sinks are all that keeps transformers from running it on SDPA."""
+    if model._supports_sdpa:
+        return
     known = {*inspect.signature(sdpa_attention_forward).parameters, "s_aux"}
 
     def check(call: AttentionCall) -> Tensor:
@@ -242,7 +265,7 @@ def _refuse_uncomputed(model: Model) -> None:
         return call.attend()
 
     with attach_to_modules(dict.fromkeys(model.modules(), check)):
-        record_calls(model, torch.zeros(1, 1, dtype=torch.long), lambda layer, call: None)
+        _forward(model, _ONE_TOKEN)
 
 
 @contextmanager
@@ -294,7 +317,7 @@ def softmax_off_by_one(model: Model) -> Iterator[None]:
     An architecture, not an edit: it has gradients, so train inside the `with`, and evaluate inside
     it too. Recorders, streams and edits compose with it. No checkpoint remembers it.
     """
-    calls = trace_attention(model)
+    calls = trace_attention(model).values()
     if any(call.sink is not None for call in calls):
         raise ValueError(f"{type(model).__name__} has learned sinks, or a zero sink, already")
     sinks = {call.module: True for call in calls}
@@ -302,54 +325,98 @@ def softmax_off_by_one(model: Model) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def softmax_layers_only(model: Model) -> Iterator[list[int]]:
+    """Steer, read and map a hybrid model: inside the `with`, its softmax layers alone.
+
+    Hybrids (Qwen3-Next, LFM2, Jamba) have linear attention, convolutions or Mamba in other layers,
+    and are refused without this. Layers keep the model's numbers; a warning says which are left
+    out, and in what is recorded they are 0. Streaming and `score_heads` need every layer.
+    """
+    calls: list[AttentionCall] = []
+    _run_recorded(model, _ONE_TOKEN, calls.append)
+    layers = [call.module.layer_idx for call in calls]
+    left_out = sorted({*range(layer_and_head_counts(model)[0])} - {*layers})
+    if not layers or layers != sorted({*layers}):
+        raise ValueError(
+            f"{type(model).__name__}: softmax attention in layers {layers}: expected "
+            "some, each with a module of its own"
+        )
+    if left_out:
+        warnings.warn(f"layers {left_out} have no softmax attention and are left out", stacklevel=3)
+    with attach_to_modules({model: layers}, _LAYERS):
+        yield layers
+
+
 def record_calls(
-    model: Model, ids: Tensor, record: Callable[[int, AttentionCall], None], **inputs: Tensor
+    model: Model,
+    ids: Tensor,
+    record: Callable[[int, AttentionCall], None],
+    *,
+    every_layer: bool = False,
+    **inputs: Tensor,
 ) -> None:
     """One forward over `ids` (B,T): `record(layer, call)` sees what each layer computes.
 
     Raises ValueError if some layer does not call the attention function once (linear attention, own
-    kernels, an edit that does not attend): it would be left out silently.
+    kernels, an edit that does not attend): it would be left out silently. `every_layer` raises it
+    inside `softmax_layers_only` too.
     """
-    layers, calls = model.config.get_text_config().num_hidden_layers, 0
+    layers = range(model.config.get_text_config().num_hidden_layers)
+    if not every_layer:
+        layers = _attached(model, _LAYERS) or layers
+    modules: list[nn.Module] = []
 
     def number(call: AttentionCall) -> None:
-        nonlocal calls
-        if calls < layers:
-            record(calls, call)
-        calls += 1
+        if len(modules) < len(layers):
+            record(layers[len(modules)], call)
+        modules.append(call.module)
 
-    # Dropout draws random numbers in training mode: the generators are put back afterwards.
-    devices = [model.device] if model.device.type == "cuda" else []
-    with (
-        use_attention_function(model),
-        attach_to_modules(dict.fromkeys(model.modules(), number), _RECORDER),
-        torch.no_grad(),
-        torch.random.fork_rng(devices),
-    ):
-        # The decoder without its LM head: recorders need no logits.
-        model.base_model(input_ids=ids.to(model.device), use_cache=False, **inputs)
-    if calls != layers:
+    _run_recorded(model, ids, number, **inputs)
+    if len(modules) != len(layers):
+        found = {getattr(module, "layer_idx", None) for module in modules}
         raise ValueError(
-            f"{type(model).__name__}: {calls} attention calls of {layers} layers could be "
-            "recorded; use an architecture with softmax attention throughout, and edits that call "
-            "`call.attend()` once"
+            f"{type(model).__name__}: {len(modules)} attention calls of {len(layers)} layers could "
+            f"be recorded (none in {sorted({*layers} - found)}); use softmax attention throughout "
+            "(or `softmax_layers_only`), and edits that call `call.attend()` once"
         )
 
 
+def _run_recorded(
+    model: Model, ids: Tensor, record: Callable[[AttentionCall], None], **inputs: Any
+) -> None:
+    recorders = dict.fromkeys(model.modules(), record)
+    with use_attention_function(model), attach_to_modules(recorders, _RECORDER):
+        _forward(model, ids, **inputs)
+
+
+_ONE_TOKEN = torch.zeros(1, 1, dtype=torch.long)  # enough to find each layer's attention module
+
+
+@torch.no_grad()
+def _forward(model: Model, ids: Tensor, **inputs: Any) -> Tensor:
+    """Last hidden states (B,T,width) of ids (B,T), without the LM head."""
+    # Dropout draws random numbers in training mode: the generators are put back afterwards.
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        return model.base_model(input_ids=ids.to(model.device), use_cache=False, **inputs)[0]
+
+
 def trace_attention(
-    model: Model, ids: Tensor | None = None, **inputs: Tensor
-) -> list[AttentionCall]:
-    """The attention calls of one forward over a few tokens `ids` (B,T), first layer first.
+    model: Model, ids: Tensor | None = None, **inputs: Any
+) -> dict[int, AttentionCall]:
+    """{layer: its attention call} of one forward over a few tokens `ids` (B,T).
 
     By default one token is run: enough to find each layer's attention module. Raises ValueError
     like `record_calls`, and if an edit is attached.
     """
-    ids = torch.zeros(1, 1, dtype=torch.long) if ids is None else ids
-    calls: list[AttentionCall] = []
+    ids = _ONE_TOKEN if ids is None else ids
+    calls: dict[int, AttentionCall] = {}
     # No change to any layer, but inside another edit it is refused.
     unchanged = dict.fromkeys(model.modules(), AttentionCall.attend)
     with use_attention_function(model), attach_to_modules(unchanged):
-        record_calls(model, ids, lambda _, call: calls.append(call), **inputs)
+        record_calls(model, ids, calls.__setitem__, **inputs)
     return calls
 
 
@@ -391,12 +458,15 @@ def layer_and_head_counts(model: Model) -> tuple[int, int]:
 def heads_by_layer(model: Model, heads: Heads | None) -> dict[int, list[int]]:
     """{layer: its query heads} of `heads`, None for all; each head once, layers in order."""
     L, H = layer_and_head_counts(model)
+    layers = _attached(model, _LAYERS) or range(L)
     if heads is None:
-        return {layer: list(range(H)) for layer in range(L)}
+        return {layer: list(range(H)) for layer in layers}
     chosen: dict[int, list[int]] = {}
     for head in sorted(set(_as_heads(heads))):
         if not (0 <= head.layer < L and 0 <= head.index < H):
             raise ValueError(f"{head}: expected 0 <= layer < {L} and 0 <= index < {H} query heads")
+        if head.layer not in layers:
+            raise ValueError(f"{head}: the layers with softmax attention are {layers}")
         chosen.setdefault(head.layer, []).append(head.index)
     return chosen
 

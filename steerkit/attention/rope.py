@@ -66,8 +66,9 @@ def learn_rotations(model: Model) -> tuple[list[AttentionCall], list[Rotation | 
     vocabulary = model.get_input_embeddings().num_embeddings
     tokens = torch.tensor([min(1, vocabulary - 1), vocabulary // 2, vocabulary - 1])
     positions = torch.tensor([0, _STEPS]).repeat_interleave(len(tokens))[:, None].to(model.device)
-    calls = trace_attention(model, tokens.repeat(2)[:, None], position_ids=positions)
-    candidates = _candidates(model)
+    ids = tokens.repeat(2)[:, None]
+    traced = trace_attention(model, ids, position_ids=positions, every_layer=True)
+    calls, candidates = list(traced.values()), _candidates(model)
     return calls, [_rotation_of(layer, call.key, candidates) for layer, call in enumerate(calls)]
 
 

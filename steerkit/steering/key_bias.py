@@ -49,14 +49,14 @@ def key_bias(
         raise ValueError("no heads: nothing would be steered; name one, or None for all heads")
     calls = hook.trace_attention(model)
     # All layers get an edit, so that a second `with` is refused whichever heads it steers.
-    edits = {call.module: AttentionCall.attend for call in calls}
+    edits = {call.module: AttentionCall.attend for call in calls.values()}
     for layer, indices in chosen.items():
         if inside or outside:  # without a bias the stock call stays: the result is bit-equal
             edits[calls[layer].module] = _biased(prompt, calls[layer], indices, strength)
     with (
         hook.use_attention_function(model),
         hook.attach_to_modules(edits),
-        track_prompt(model, prompt, calls[0].module),
+        track_prompt(model, prompt, next(iter(edits))),
     ):
         yield
     prompt.check_complete()

@@ -7,7 +7,7 @@ vocabulary.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
@@ -84,8 +84,8 @@ class PromptBatch:
     def __init__(self, model: Model, prompts: Sequence[Prompt], alpha: float) -> None:
         self.model = model
         ids, inside, target = (x.to(model.device) for x in padded(prompts))
-        self.calls = hook.trace_attention(model, ids[:1, :1])
-        self.heads = max(call.query.shape[1] for call in self.calls)
+        self.calls = hook.trace_attention(model, ids[:1, :1], every_layer=True)
+        self.heads = max(call.query.shape[1] for call in self.calls.values())
         self.bias = log_weights(inside, alpha)[:, :-1]  # no query comes after the last token
         first = min(prompt.first for prompt in prompts)
         self.prefix = DynamicCache() if first else None  # without a config it keeps all keys
@@ -96,7 +96,7 @@ class PromptBatch:
         self.predicted = ids.shape[1] - min(len(prompt.ids) for prompt in prompts)
         self.outputs: dict[nn.Module, Any] = {}  # of the decoder layers
         with ExitStack() as stack:
-            for layer in _decoder_layers(model, self.calls):
+            for layer in _decoder_layers(model, self.calls.values()):
                 stack.enter_context(layer.register_forward_hook(self._record))
             self.baseline = self._scores(self._switch(1), []).cpu()  # (B,)
 
@@ -152,7 +152,7 @@ class PromptBatch:
         return answer_scores(logits, ids[:, -n:], target[:, -n:])
 
 
-def _decoder_layers(model: Model, calls: Sequence[AttentionCall]) -> list[nn.Module]:
+def _decoder_layers(model: Model, calls: Iterable[AttentionCall]) -> list[nn.Module]:
     """The member of the model's layer list that holds each attention module."""
     stacks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]
     layers = [layer for stack in stacks for layer in stack]
