@@ -23,6 +23,7 @@ from steerkit.attention.hook import (
     trace_attention,
     use_attention_function,
 )
+from steerkit.attention.maps import attention_map
 from steerkit.attention.record import (
     attention_weights,
     mean_weight_on_key,
@@ -268,6 +269,12 @@ def test_a_learned_sink_has_a_share_of_its_own(name: str) -> None:
     metric = sink_metric(model, ids, eps=eps, k=None, tokens=60)
     assert metric == pytest.approx((share > eps).float().mean().item())
     assert 0 < metric < 1
+    each = (1 - eager_weights(model, ids).sum(-1)).reshape(-1, 6, 10)  # six bins of ten queries
+    heads = [divmod(n, 4) for n in range(8)]
+    for reduce, column in (("max", each.amax((0, 2))), ("mean", each.mean((0, 2)))):
+        cells = attention_map(model, ids, bins=6, reduce=reduce, heads=heads, sink=True)
+        torch.testing.assert_close(cells[:, 0], column, atol=1e-5, rtol=0)
+        assert torch.equal(cells[:, 1:], attention_map(model, ids, bins=6, reduce=reduce))
 
 
 @pytest.mark.parametrize("name", [*LEARNED_SINKS, *HYBRIDS])

@@ -31,12 +31,14 @@ def attention_map(
     reduce: str = "max",
     heads: Heads | None = None,
     skip: int = 0,
+    sink: bool = False,
 ) -> Tensor:
     """Attention of one text, ids (1,T), neighbouring tokens binned -> (bins, bins).
 
     Rows are query bins, columns key bins; token t is in bin t * bins // T. A cell is the "max" or
     the "mean" over its causal pairs of tokens (all pairs if the model is bidirectional) and over
-    `heads` as (layer, index), by default all. The first `skip` keys are left out.
+    `heads` as (layer, index), by default all. The first `skip` keys are left out. `sink` puts one
+    more column in front, (bins, 1 + bins): what goes to a sink that is no key, a learned one say.
 
     >>> import steerkit
     >>> model, tokenizer = steerkit.load("tiny")
@@ -55,12 +57,18 @@ def attention_map(
         raise ValueError("no heads: give at least one (layer, head), or None for all")
     edges, bin_of = bin_edges(T, bins), torch.arange(T) * bins // T
     by_key, causal = torch.zeros(bins, T), True  # rows are binned at once, keys in the end
+    by_query = torch.zeros(T)  # the sink's
 
     def record(chunk: WeightChunk) -> None:
         nonlocal causal
         indices = chosen[chunk.layer]
         weights = chunk.weights[0]
         weights = weights if len(indices) == len(weights) else weights[indices]  # (heads,q,k)
+        if sink:
+            each, before = chunk.sink[0, indices].cpu(), by_query[chunk.queries]
+            by_query[chunk.queries] = (
+                torch.maximum(before, each.amax(0)) if reduce == "max" else before + each.sum(0)
+            )
         if chunk.queries.start == 0:  # does the first query see later keys?
             causal &= not weights[:, 0, 1:].any()
         for row in range(bin_of[chunk.queries.start], bin_of[chunk.queries.stop - 1] + 1):
@@ -76,10 +84,12 @@ def attention_map(
     by_key[:, :skip] = 0
     how = "amax" if reduce == "max" else "sum"
     cells = torch.zeros(bins, bins).scatter_reduce(1, bin_of.expand(bins, T), by_key, how)
-    if reduce == "max":
-        return cells
-    pairs = _pairs(T, bins, skip, causal) * sum(map(len, chosen.values()))
-    return (cells.double() / pairs.clamp(min=1)).float()
+    column = torch.zeros(bins).scatter_reduce(0, bin_of, by_query, how)[:, None]
+    if reduce == "mean":
+        n = sum(map(len, chosen.values()))
+        column /= bin_of.bincount()[:, None] * n
+        cells = (cells.double() / (_pairs(T, bins, skip, causal) * n).clamp(min=1)).float()
+    return torch.cat([column, cells], dim=1) if sink else cells
 
 
 def bin_edges(T: int, bins: int) -> list[int]:
