@@ -23,7 +23,7 @@ from steerkit.files import write_json, write_text
 from steerkit.lab.usage import machine
 from steerkit.results import versions
 
-NAMES = sorted(p.stem for p in HERE.glob("*.py") if p.stem not in ("collect", "table"))
+NAMES = sorted(p.stem for p in HERE.glob("*.py") if p.stem not in ("collect", "gpu", "table"))
 
 
 def measure(name: str, *, quick: bool, out: Path) -> dict[str, Any]:

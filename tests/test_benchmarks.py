@@ -11,7 +11,7 @@ import pytest
 from steerkit.files import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
-NAMES = sorted(p.stem for p in BENCHMARKS.glob("*.py") if p.stem not in ("collect", "table"))
+NAMES = sorted(p.stem for p in BENCHMARKS.glob("*.py") if p.stem not in ("collect", "gpu", "table"))
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "gpu"])
 def test_a_script_yields_rows_whose_names_differ(here, name):
     rows = list(runpy.run_path(str(BENCHMARKS / f"{name}.py"))["measure"](True))
     names = [row.what for row in rows]
