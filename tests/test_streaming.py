@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from oracle_streaming import Oracle, rotate
-from tiny_models import V, tiny, tokens
+from tiny_models import CONFIGS, SIZE, V, tiny, tokens
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -22,7 +22,7 @@ from transformers import (
 from transformers.masking_utils import sdpa_mask
 
 from steerkit.attention.hook import AttentionCall, softmax_off_by_one
-from steerkit.attention.rope import Rotation
+from steerkit.attention.rope import Rotation, learn_rotations
 from steerkit.chat import Message, prompt_ids, stop_ids
 from steerkit.streaming.conversation import stream_chat
 from steerkit.streaming.latency import interleaved
@@ -244,6 +244,19 @@ def test_hits_are_the_greedy_tokens(llama: PreTrainedModel) -> None:
     assert not token_losses(llama, new + (new < V - 1), score=is_greedy)[0, 29:].all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "pairs"), [("glm", [True, True]), ("smollm3", [False, None])])
+def test_one_large_dimension_does_not_hide_how_keys_rotate(
+    name: str, pairs: list[bool | None], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CONFIGS, "glm", SIZE | {"partial_rotary_factor": 0.5})
+    model = tiny(name, attention_bias=True)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias.data[5::8] = 200
+    rotations = learn_rotations(model.to(dtype))[1]
+    assert [rotation and rotation.interleaved for rotation in rotations] == pairs
+
+
 def test_interleaved_pairs_rotate_as_complex_numbers() -> None:
     x, steps = torch.randn(5, 12, dtype=torch.float64).float(), torch.arange(5)
     rotation = Rotation(torch.tensor([1.0, 0.3, 0.01], dtype=torch.float64), True)
@@ -408,12 +421,16 @@ def test_what_would_be_silently_wrong_is_an_error(
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
 LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+MLA = SIZE | {"head_dim": 8, "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16}
+MLA |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 2}
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
         ("gpt2", {}, "learned positions"),
+        ("deepseek_v2", {}, r"last 8 dimensions of each key are rotary \(MLA\)"),
+        ("deepseek_v3", {}, r"last 8 dimensions of each key are rotary \(MLA\)"),
         ("mistral", {"sliding_window": 30}, "sliding_window.*sinks . window <= 29"),
         ("gemma3", {"sliding_window": 30}, "layer 0 sees only the last 30"),
         ("llama", {"rope_parameters": DYNAMIC}, "'dynamic' changes its frequencies"),
@@ -421,8 +438,9 @@ LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     ],
 )
 def test_unstreamable_models_are_refused(
-    name: str, changes: dict[str, object], message: str
+    name: str, changes: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(CONFIGS, name, CONFIGS.get(name, MLA))
     with pytest.raises(ValueError, match=message):
         token_losses(tiny(name, **changes), tokens(1, 40), sinks=4, window=40)
 
@@ -436,6 +454,18 @@ def test_dense_ends_where_positions_end() -> None:
 
 
 # stream_chat and StreamEval
+
+
+def test_a_pinned_first_message_is_all_sinks(tiny) -> None:
+    """Equal to counting its tokens by hand; without the pin the replies are others."""
+    asked = ["Hobby: chess. Where does Anna Adler live?", *["Which pet does Otto Evans have?"] * 5]
+    opening = [Message("system", "Be brief."), Message("user", asked[0])]
+    sinks = len(prompt_ids(tiny[1], opening))
+
+    def chat(**options: object) -> list[str]:
+        return [r.text for r in stream_chat(*tiny, asked, system="Be brief.", window=24, **options)]
+
+    assert chat(pin=True) == chat(sinks=sinks) != chat()
 
 
 @pytest.mark.parametrize("longest", [3, 30])  # replies are cut short, or end by themselves

@@ -83,20 +83,36 @@ def _candidates(model: Model) -> list[Rotation]:
 
 
 def _rotation_of(layer: int, keys: Tensor, candidates: list[Rotation]) -> Rotation | None:
-    """The rotation that takes the first half of `keys` (2 tokens, Hkv, 1, D) to the second."""
-    before, after = keys.chunk(2)
+    """The rotation that takes the first half of `keys` (2 tokens, Hkv, 1, D) to the second.
+
+    It is the best candidate, not any within the tolerance: in half precision one dimension far
+    larger than the others widens the tolerance for all of them.
+    """
+    fitting = [r for r in candidates if 2 * r.frequencies.numel() <= keys.shape[-1]]
+    best = min([None, *fitting], key=lambda rotation: _error(rotation, keys).sum().item())
     tolerance = 1e-4 if keys.dtype == torch.float32 else 3e-2
-    allowed = tolerance * before.float().norm(dim=-1, keepdim=True)
-    steps = torch.tensor([_STEPS], device=keys.device)
-    for rotation in candidates:
-        if 2 * rotation.frequencies.numel() <= keys.shape[-1]:
-            rotated = rotation.rotate(before, rotation.table(steps))
-            if ((rotated - after).float().abs() <= allowed).all():
-                return rotation
-    if candidates and ((before - after).float().abs() <= allowed).all():
-        return None
-    raise ValueError(
-        f"layer {layer}: its keys do not rotate with position in a way that steerkit can read "
-        "(learned positions, ALiBi, custom rotary code), so cached keys cannot be moved; use a "
-        "rotary model such as Llama, Qwen or GPT-NeoX"
+    allowed = tolerance * keys.chunk(2)[0].float().norm(dim=-1, keepdim=True)
+    if candidates and (_error(best, keys) <= allowed).all():
+        return best
+
+    why = (
+        "its keys do not rotate with position in a way that steerkit can read (learned positions, "
+        "ALiBi, custom rotary code)"
     )
+    for rotation in fitting:
+        rotary = 2 * rotation.frequencies.numel()
+        if (_error(rotation, keys[..., -rotary:]) <= allowed).all():
+            why = f"only the last {rotary} dimensions of each key are rotary (MLA)"
+    raise ValueError(
+        f"layer {layer}: {why}, so cached keys cannot be moved; use a rotary model such as Llama, "
+        "Qwen or GPT-NeoX"
+    )
+
+
+def _error(rotation: Rotation | None, keys: Tensor) -> Tensor:
+    """How far the first half of `keys`, rotated, is from the second: (tokens,Hkv,1,D)."""
+    before, after = keys.float().chunk(2)
+    if rotation is not None:
+        steps = torch.tensor([_STEPS], device=keys.device)
+        before = rotation.rotate(before, rotation.table(steps))
+    return (before - after).abs()
