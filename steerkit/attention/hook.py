@@ -468,6 +468,8 @@ def heads_by_layer(model: Model, heads: Heads | None) -> dict[int, list[int]]:
         if head.layer not in layers:
             raise ValueError(f"{head}: the layers with softmax attention are {layers}")
         chosen.setdefault(head.layer, []).append(head.index)
+    if not chosen:
+        raise ValueError("no heads: give at least one (layer, head), or None for all heads")
     return chosen
 
 

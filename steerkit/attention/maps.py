@@ -53,8 +53,6 @@ def attention_map(
     if not (1 <= bins <= T and 0 <= skip < T):
         raise ValueError(f"bins={bins}, skip={skip}: expected 1 <= bins <= {T}, 0 <= skip < {T}")
     chosen = heads_by_layer(model, heads)
-    if not chosen:
-        raise ValueError("no heads: give at least one (layer, head), or None for all")
     edges, bin_of = bin_edges(T, bins), torch.arange(T) * bins // T
     by_key, causal = torch.zeros(bins, T), True  # rows are binned at once, keys in the end
     by_query = torch.zeros(T)  # the sink's

@@ -45,8 +45,6 @@ def key_bias(
     Keys after the prompt get 0.
     """
     prompt, chosen = PromptState(spans, inside, outside), heads_by_layer(model, heads)
-    if not chosen:
-        raise ValueError("no heads: nothing would be steered; name one, or None for all heads")
     calls = hook.trace_attention(model)
     # All layers get an edit, so that a second `with` is refused whichever heads it steers.
     edits = {call.module: AttentionCall.attend for call in calls.values()}

@@ -73,7 +73,8 @@ class PromptBatch:
     What steering a head cannot change is computed once:
 
     - tokens before the first span. All keys they see are outside of the spans, so renormalising
-      takes the bias away; their keys and values are a prefix cache;
+      takes the bias away; their keys and values are a prefix cache. (Not where a sink, zero or
+      learned, keeps its weight: then there is none);
     - the layers below the head. Their outputs are recorded, and returned again.
 
     Many heads fit in one forward: the batch holds each prompt C times. `switch` (L, B*C, H) is 1
@@ -87,7 +88,8 @@ class PromptBatch:
         self.calls = hook.trace_attention(model, ids[:1, :1], every_layer=True)
         self.heads = max(call.query.shape[1] for call in self.calls.values())
         self.bias = log_weights(inside, alpha)[:, :-1]  # no query comes after the last token
-        first = min(prompt.first for prompt in prompts)
+        sinks = any(call.sink is not None for call in self.calls.values())
+        first = 0 if sinks else min(prompt.first for prompt in prompts)
         self.prefix = DynamicCache() if first else None  # without a config it keeps all keys
         if first:
             model.base_model(input_ids=ids[:, :first], past_key_values=self.prefix, use_cache=True)
