@@ -1,6 +1,8 @@
 """Streaming equals one token per forward, under every option, for every architecture it accepts."""
 
+import copy
 import itertools
+import pickle
 import random
 from collections.abc import Callable
 from functools import partial
@@ -10,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 from oracle_streaming import Oracle, rotate
+from peft import LoraConfig, get_peft_model
 from tiny_models import CONFIGS, SIZE, V, tiny, tokens
 from torch import Tensor
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    BertConfig,
+    BertForMaskedLM,
     DynamicCache,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -24,6 +29,7 @@ from transformers.masking_utils import sdpa_mask
 from steerkit.attention.hook import AttentionCall, softmax_off_by_one
 from steerkit.attention.rope import Rotation, learn_rotations
 from steerkit.chat import Message, prompt_ids, stop_ids
+from steerkit.steering.pasta import emphasise
 from steerkit.streaming.conversation import stream_chat
 from steerkit.streaming.latency import interleaved
 from steerkit.streaming.losses import recomputed_losses, token_losses, window_drift
@@ -372,6 +378,44 @@ def test_the_cache_leaves_no_hook_behind() -> None:
     assert not llama._forward_pre_hooks and not llama._forward_hooks
 
 
+def test_an_unmerged_adapter_streams_as_the_merged_model_does() -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model, ids = get_peft_model(tiny("llama"), config).eval(), tokens(1, 50)
+    new = {"max_new_tokens": 20, **GREEDY}
+    out = model.generate(input_ids=ids, past_key_values=SinkCache(model, window=20), **new)
+    losses = token_losses(model, ids, sinks=4, window=20)
+    merged = model.merge_and_unload()
+    assert out[0, 50:].tolist() == Oracle(merged, 4, 20).greedy(ids, 20)
+    assert gap(losses, token_losses(merged, ids, sinks=4, window=20)) < 2e-5
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_goes_on_alone_with_the_same_model(llama: PreTrainedModel, copied: Callable) -> None:
+    ids, other = tokens(1, 81), tokens(1, 41, seed=1)
+    whole = token_losses(llama, ids, sinks=2, window=20)
+    cache = SinkCache(llama, sinks=2, window=20)
+    token_losses(llama, ids[:, :41], cache=cache)
+    prefix = copied(cache)
+    token_losses(llama, other, cache=cache)
+    assert prefix.seen == 40 and prefix._model is llama
+    assert gap(token_losses(llama, ids[:, 40:], cache=prefix), whole[:, 40:]) < 2e-5
+    with pytest.raises(ValueError, match="token ids.*new SinkCache"):
+        pickle.dumps(cache)
+
+
+@pytest.mark.parametrize("T", [12, 40])  # shorter than the first stream, and as long
+def test_a_second_stream_is_told_to_reset(llama: PreTrainedModel, T: int) -> None:
+    cache, new = SinkCache(llama, window=20), {"max_new_tokens": 1, **GREEDY}
+    llama.generate(tokens(1, 40), past_key_values=cache, **new)
+    ask = partial(llama.generate, tokens(1, T, seed=1), past_key_values=cache, **new)
+    with pytest.raises(ValueError, match=r"another stream.*reset\(\)"):
+        ask()
+    cache.reset()
+    ask()
+    assert cache.seen == T
+
+
 def test_an_interrupted_forward_is_not_continued_silently(llama: PreTrainedModel) -> None:
     cache = SinkCache(llama, window=8)
     layer = llama.model.layers[1]
@@ -414,6 +458,38 @@ def test_what_would_be_silently_wrong_is_an_error(
     with pytest.raises(ValueError, match=message):
         misuse(llama, tokens(1, 5), {"past_key_values": SinkCache(llama, sinks=2, window=10)})
     assert llama.config._attn_implementation == "sdpa"
+
+
+def test_inside_emphasise_all_tokens_are_the_prompt_and_nothing_streams(
+    llama: PreTrainedModel,
+) -> None:
+    ids = tokens(1, 60)
+    with emphasise(llama, [[(3, 9)]], alpha=0.1):
+        whole = token_losses(llama, ids, block=60)
+        assert gap(token_losses(llama, ids, block=16), whole) < 2e-5
+        with pytest.raises(ValueError, match="SinkCache"):
+            token_losses(llama, ids, window=20)
+    assert gap(token_losses(llama, ids), whole) > 0.05
+
+
+@pytest.mark.parametrize("size", [{"sinks": True}, {"window": True}, {"window": 8.0}])
+def test_sizes_are_whole_numbers(llama: PreTrainedModel, size: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="expected a whole number of tokens"):
+        SinkCache(llama, **size)
+
+
+def test_ids_may_have_any_integer_type(llama: PreTrainedModel) -> None:
+    ids = tokens(1, 40)
+    for losses in (token_losses, partial(recomputed_losses, length=9)):
+        assert torch.equal(losses(llama, ids.int()), losses(llama, ids))
+
+
+def test_a_model_that_sees_its_targets_is_refused() -> None:
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = BertForMaskedLM(BertConfig(vocab_size=V, intermediate_size=48, **size)).eval()
+    for losses in (token_losses, partial(recomputed_losses, length=9)):
+        with pytest.raises(ValueError, match="bidirectional"):
+            losses(model, tokens(1, 40))
 
 
 # What cannot stream

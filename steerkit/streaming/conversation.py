@@ -28,6 +28,7 @@ def stream_chat(
     messages: Iterable[str | Message | Mapping[str, str]],
     *,
     system: str | None = None,
+    pin: bool = False,
     sinks: int = 4,
     window: int = 1020,
     max_new_tokens: int = 128,
@@ -35,9 +36,11 @@ def stream_chat(
 ) -> Iterator[StreamReply]:
     """Answer user messages, one reply each, for as long as they come.
 
-    The cache evicts what is neither sink nor recent: the model forgets it. `messages` is read
-    lazily; `choose` picks a token id from logits (V,). `generate` would do the same with a
-    SinkCache, but it wants all ids of the conversation each time.
+    The cache evicts what is neither sink nor recent: the model forgets it. With `pin` all tokens of
+    the first message, and of the `system` message before it, are sinks: an instruction that stands
+    there is never evicted, and memory stays constant. `messages` is read lazily; `choose` picks a
+    token id from logits (V,). `generate` would do the same with a SinkCache, but it wants all ids
+    of the conversation each time.
 
     >>> import steerkit
     >>> model, tokenizer = steerkit.load("tiny")
@@ -52,7 +55,6 @@ def stream_chat(
     turns = [*opening, Message("user", ""), Message("assistant", ""), Message("user", "")]
     # `before` a later message: the end of the reply that it follows, and what opens a message.
     *_, before, after = template_pieces(tokenizer, turns)
-    cache = SinkCache(model, sinks=sinks, window=window)
     stops = set(stop_ids(model, tokenizer))
     unread: list[int] = []
     for number, message in enumerate(map(user_text, messages)):
@@ -60,6 +62,8 @@ def stream_chat(
         if not number:
             text = prompt_text(tokenizer, [*opening, Message("user", message)])
         unread += tokenizer(text, add_special_tokens=False).input_ids
+        if not number:
+            cache = SinkCache(model, sinks=len(unread) if pin else sinks, window=window)
         reply: list[int] = []
         while len(reply) < max_new_tokens and not stops.intersection(reply[-1:]):
             inputs = torch.tensor([unread], device=model.device)
