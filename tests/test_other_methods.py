@@ -164,30 +164,21 @@ def test_each_method_multiplies_the_odds_of_the_spans_share_by_exp_b(name: str) 
         steered = attention_weights(model, ids)[0]
     before, after = ((w[:, 9:] * inside).sum(-1).double() for w in (plain, steered))
     close(after / (1 - after), exp_b(before) * before / (1 - before))
-    if name == "SpotLight":  # equation 5
-        close(after, torch.where(before < 0.2, 0.2 / (1.2 - before), before))
-    if name == "exact":
-        close(after, before.clamp(min=0.2))
-    if name == "split":
-        close(after, before**0.5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "opt"])
 @pytest.mark.parametrize("relative", RELATIVES)
 def test_verify_proves_that_steering_is_on_and_exact(name: str, relative: str) -> None:
     model, ids = tiny(name, sharpen=2.0), tokens(2, 40)
-    found = verify(model, ids, RELATIVES[relative][0](model, SPANS, heads=HEADS))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    steering = RELATIVES[relative][0](model, SPANS, heads=HEADS)
+    found = verify(model, ids, steering, attention_mask=mask)
     assert found.error < 1e-4 < 1e-2 < found.effect
 
 
 def test_verify_sees_what_is_wrong_or_without_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = tiny("llama"), tokens(2, 40)
-    padding = torch.ones_like(ids)
-    padding[1, :5] = 0
-    positions = (padding.cumsum(1) - 1).clamp(min=0)
-    steering = emphasise(model, SPANS, HEADS)
-    found = verify(model, ids, steering, attention_mask=padding, position_ids=positions)
-    assert found.error < 1e-4 < 1e-2 < found.effect
     with pytest.raises(ValueError, match=r"effect on a logit is 0.0: .*neutral"):
         verify(model, ids, emphasise(model, SPANS, HEADS, alpha=1.0))
 

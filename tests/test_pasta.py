@@ -318,6 +318,8 @@ def test_without_a_cache_other_prompts_and_a_mask_s_replies_are_steered(
     mask[0, 3:9] = mask[1, 20:24] = mask[1, 30] = True
     prompts = [ids[:, :36], tokens(2, 40, seed=1), ids[:, :36]]  # no one begins with the one before
     with emphasise(llama, SPANS, HEADS):
+        with pytest.raises(IndexError):
+            llama(ids + 10_000)
         found = [llama(prompt, use_cache=False).logits for prompt in prompts]
     with emphasise(llama, mask, HEADS):
         made = llama.generate(ids, use_cache=False, **NEW)
@@ -493,19 +495,3 @@ def test_bad_input_is_one_clear_error(
     with refused, emphasise(llama, spans, heads, **options):
         run(llama)
     assert (state_of(llama), hooks_of(llama)) == (("sdpa", []), hooks)
-
-
-@torch.no_grad()
-def test_values_of_another_width_than_queries_are_steered() -> None:
-    """Multi-head latent attention: queries and keys of 24 numbers, values of 16."""
-    draw = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 2, 4, 9, 24, generator=draw)
-    v = torch.randn(2, 4, 9, 16, generator=draw)
-    on, column = torch.tensor([[1.0], [0], [1], [0]]), torch.randn(2, 9, generator=draw)
-    scores = 0.2 * q @ k.mT + on[..., None] * column[:, None, None]
-    causal = torch.ones(9, 9).tril().bool()
-    wanted = scores.masked_fill(~causal, -torch.inf).softmax(-1) @ v
-    module = torch.nn.Module()
-    module.num_key_value_groups = 1
-    found = attend_biased(AttentionCall(module, q, k, v, None, 0.2, {}), on, column)
-    torch.testing.assert_close(found, wanted.transpose(1, 2), atol=1e-5, rtol=1e-5)
