@@ -400,7 +400,7 @@ def test_a_copy_goes_on_alone_with_the_same_model(llama: PreTrainedModel, copied
     token_losses(llama, other, cache=cache)
     assert prefix.seen == 40 and prefix._model is llama
     assert gap(token_losses(llama, ids[:, 40:], cache=prefix), whole[:, 40:]) < 2e-5
-    with pytest.raises(ValueError, match="token ids.*new SinkCache"):
+    with pytest.raises(ValueError, match=r"token ids.*new SinkCache"):
         pickle.dumps(cache)
 
 
@@ -464,7 +464,7 @@ def test_inside_emphasise_all_tokens_are_the_prompt_and_nothing_streams(
     llama: PreTrainedModel,
 ) -> None:
     ids = tokens(1, 60)
-    with emphasise(llama, [[(3, 9)]], alpha=0.1):
+    with emphasise(llama, [[(3, 9)]], None, alpha=0.1):
         whole = token_losses(llama, ids, block=60)
         assert gap(token_losses(llama, ids, block=16), whole) < 2e-5
         with pytest.raises(ValueError, match="SinkCache"):

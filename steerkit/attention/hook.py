@@ -299,7 +299,8 @@ def attach_to_modules(edits: Mapping[nn.Module, Any], kind: str = _EDIT) -> Iter
     """
     if any(_attached(module, kind) for module in edits):
         raise ValueError(
-            f"a {kind} is already attached to this model: leave its `with` before the next one"
+            f"a {kind} is already attached to this model: leave its `with` before the next one (a "
+            "SinkCache, which evicts and moves keys, cannot be steered)"
         )
     try:
         for module, edit in edits.items():

@@ -58,7 +58,7 @@ def token_losses(
     >>> losses.shape[1] == ids.shape[1] - 1
     True
     """
-    check_ids(model, ids)
+    ids = _checked(model, ids)
     if block < 1:
         raise ValueError(f"block={block}: expected at least 1 token per forward (256 suits a CPU)")
     T, dense = ids.shape[1], window is None and cache is None
@@ -99,7 +99,7 @@ def recomputed_losses(
     >>> steerkit.recomputed_losses(model, ids, length=64, positions=[80, 100]).shape
     torch.Size([1, 2])
     """
-    check_ids(model, ids)
+    ids = _checked(model, ids)
     T = ids.shape[1]
     at = torch.arange(T - 1) if positions is None else torch.as_tensor(positions, dtype=torch.long)
     if at.ndim != 1 or not len(at) or at.min() < 0 or at.max() >= T - 1:
@@ -153,6 +153,19 @@ def last_only(model: Model) -> dict[str, int]:
     """Spares the LM head all positions but the last, where the model offers it."""
     known = "logits_to_keep" in inspect.signature(model.forward).parameters
     return {"logits_to_keep": 1} if known else {}
+
+
+def _checked(model: Model, ids: Tensor) -> Tensor:
+    """`ids` (B,T) as int64; ValueError if they are no texts, or if the model sees its targets."""
+    check_ids(model, ids)
+    layers = model.base_model.modules()
+    causal = [layer.is_causal for layer in layers if hasattr(layer, "is_causal")]
+    if causal and not any(causal):
+        raise ValueError(
+            f"{type(model).__name__} is bidirectional: it sees each token that it should predict, "
+            "so its losses mean nothing; use a causal language model"
+        )
+    return ids.long()
 
 
 def _refuse_length(model: Model, tokens: int) -> None:

@@ -22,6 +22,7 @@ have the positions 0 to 6; so the newest token never stands beyond position S + 
 Axes: B batch, H query heads, K keys, D head size, S sinks, R window, n new tokens of a forward.
 """
 
+import copy
 import weakref
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from steerkit.attention.hook import AttentionCall, attach_to_modules, use_attention_function
@@ -272,11 +274,13 @@ class SinkCache(Cache):
 
     def __init__(self, model: Model, *, sinks: int = 4, window: int = 1020) -> None:
         for name, value, least in (("sinks", sinks, 0), ("window", window, 1)):
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(
                     f"{name}={value!r}: expected a whole number of tokens, {least} or more (in the "
                     "paper 4 sinks and a window of 1020)"
                 )
+        # An adapter (PEFT) wraps the model, and its `generate` calls the model inside.
+        model = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
         calls, rotations = learn_rotations(model)
         _refuse_unstreamable(model, calls, sinks + window + 1)
         self.state = StreamState(sinks, window)
@@ -303,6 +307,26 @@ class SinkCache(Cache):
         """Forget the stream; the next forward begins a new one."""
         super().reset()
         self.state.seen = self.state.shift = self.state.new = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SinkCache":
+        """The same stream in a cache of its own, for the same model (not a copy of the model)."""
+        state = self.state
+        other = SinkCache(self._model, sinks=state.sinks, window=state.window)
+        other.state.seen, other.state.shift, other.state.new = state.seen, state.shift, state.new
+        for layer, mine in zip(other.layers, self.layers, strict=True):
+            if mine.is_initialized:
+                layer.keys, layer.values = mine.keys.clone(), mine.values.clone()
+                layer.sink_keys, layer.is_initialized = mine.sink_keys.clone(), True
+        return other
+
+    def __copy__(self) -> "SinkCache":
+        return copy.deepcopy(self)
+
+    def __reduce__(self) -> Any:
+        raise ValueError(
+            "a SinkCache belongs to its model and cannot be pickled: save the stream's token ids, "
+            "and read them into a new SinkCache"
+        )
 
     def _hook_forward(self) -> list[Any]:
         """Hooks around the model's forward that act only on calls that carry this cache."""
@@ -331,7 +355,7 @@ class SinkCache(Cache):
             raise ValueError("the last forward did not finish: call reset() and start anew")
         if torch.is_grad_enabled():
             raise ValueError("SinkCache keeps no gradients: call the model under torch.no_grad()")
-        _refuse_padding(kwargs, state.seen, n)
+        _refuse_misplaced(kwargs, state.seen, n)
         state.new = n
         self._restart_positions()
         if state.is_block:
@@ -359,14 +383,15 @@ class SinkCache(Cache):
             self.state.new = 0
 
 
-def _refuse_padding(kwargs: dict[str, Any], seen: int, n: int) -> None:
+def _refuse_misplaced(kwargs: dict[str, Any], seen: int, n: int) -> None:
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if mask is not None and (mask.ndim != 2 or (mask[:, -n if seen else 0 :] == 0).any()):
         raise ValueError("padding would become sinks: batch prompts of equal length, without mask")
-    if positions is not None and (positions.cpu() != torch.arange(seen, seen + n)).any():
+    expected = torch.arange(seen, seen + n)
+    if not n or (positions is not None and not positions.cpu().eq(expected).all()):
         raise ValueError(
-            f"position_ids {positions.flatten()[:3].tolist()}...: this cache has seen {seen} "
-            "tokens and counts on from there; leave position_ids out"
+            f"these inputs do not follow the {seen} tokens of the cache: if it holds another "
+            "stream, call reset(); if you give position_ids, leave them out"
         )
 
 
