@@ -18,7 +18,7 @@ from steerkit import SinkCache, files, recomputed_losses, results, statistics, t
 from steerkit.attention import maps, record
 from steerkit.attention.hook import attach
 from steerkit.chat import BatchedChat
-from steerkit.constraints import Constraint, check_together
+from steerkit.constraints import Constraint, OwnConstraint, Probe, check_together
 from steerkit.gatt.dialogues import Plan, sample_dialogues
 from steerkit.gatt.evaluation import adherence_by_turn
 from steerkit.steering.head_search import random_heads, score_heads
@@ -138,7 +138,12 @@ ROWS: list[Row] = [
     (lambda k: steerkit.reply(k.model, k.tokenizer, ["Hi."], batch=-1), "batch=-1: expected a w"),
     (lambda k: BatchedChat(k.model, k.tokenizer).reply([]), "dialogues=0: expected a whole"),
     (lambda k: next(stream_chat(k.model, k.tokenizer, ["Hi."], max_new_tokens=0)), "tokens=0: "),
+    (lambda k: next(stream_chat(k.model, k.tokenizer, [{"role": "assistant", "content": "No."}])),
+     "expected the user's message, or its text"),
     (lambda k: Plan((), "", "Hi."), "questions='Hi.': expected several texts"),
+    (lambda k: Plan(("brief",), "Be brief.", ["Hi."]), r"'brief': .* a function \(reply -> obeyed"),
+    (lambda k: Plan((OwnConstraint(bool, probe=Probe("?", "", "")),), "Be brief.", ["Hi."]),
+     r"with recalled\(reply\) if it has a probe"),
     (lambda k: sample_dialogues(k.model, k.tokenizer, [], candidates=0), "candidates=0: exp"),
     (lambda k: adherence_by_turn(k.model, k.tokenizer, []), "plans=0: expected a whole number"),
     (lambda k: adherence_by_turn(k.model, k.tokenizer, [Plan((), "", ["Hi."])], probe_turns=[0]),

@@ -16,7 +16,6 @@ from steerkit.chat import (
     reply,
     stop_ids,
     template_pieces,
-    user_text,
 )
 from steerkit.gatt.dialogues import Plan
 from steerkit.gatt.evaluation import adherence_by_turn
@@ -95,12 +94,6 @@ def test_what_is_no_dialogue_is_named(dialogue):
     with pytest.raises(ValueError, match="expected at least one message, in a list") as caught:
         as_messages(dialogue)
     assert str(caught.value).startswith(repr(dialogue))
-
-
-def test_a_user_says_texts_or_messages_of_the_user():
-    assert [user_text(x) for x in ("Hi.", TALK[0], TALK[0]._asdict())] == ["Hi."] * 3
-    with pytest.raises(ValueError, match="expected the user's message, or its text"):
-        user_text(TALK[1])
 
 
 # Replies

@@ -227,12 +227,6 @@ def test_an_own_constraint_is_sampled_taught_and_measured_like_one_of_the_table(
     assert results[0] == results[1] and 0 < sum(results[0][0][1]) < 4 and results[0][1]
 
 
-@pytest.mark.parametrize("own", ["chess", 3, type("Probed", (Chess,), {"recalled": None})()])
-def test_what_judges_no_reply_is_refused(own):
-    with pytest.raises(ValueError, match=r"expected a Constraint, a function \(reply -> obeyed\)"):
-        gatt.Plan((own,), "Hobby: chess.", ("Q?",))
-
-
 # Rejection sampling
 
 
