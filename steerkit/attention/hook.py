@@ -196,7 +196,7 @@ def use_attention_function(model: Model) -> Iterator[None]:
     if config._attn_implementation == ATTENTION_NAME:
         yield
         return
-    if not model._can_set_attn_implementation():
+    if config.is_encoder_decoder or not model._can_set_attn_implementation():
         raise ValueError(_OWN_CODE.format(type(model).__name__))
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     previous = {name: part._attn_implementation for name, part in parts.items() if part is not None}
@@ -225,7 +225,7 @@ def _refuse_weights(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 _CHECKED: weakref.WeakSet[Model] = weakref.WeakSet()  # models that need no second look
 _OWN_CODE = (
     "{}: its attention does not go through transformers' AttentionInterface (attention code or "
-    "masks of the model's own); use Llama, Qwen, GPT-NeoX or their like"
+    "masks of the model's own), or it is an encoder and a decoder; use Llama, Qwen or GPT-NeoX"
 )
 
 
@@ -256,6 +256,8 @@ def _refuse_uncomputed(model: Model) -> None:
         eager = getattr(sys.modules[type(call.module).__module__], "eager_attention_forward", None)
         read = inspect.signature(eager).parameters if eager else call.options
         more = sorted(name for name in {*read} - known if call.options.get(name) is not None)
+        if call.key.shape[2] != call.query.shape[2]:
+            more.append("keys that stand for several tokens")
         if more or "s_aux" not in call.options:
             raise ValueError(
                 f"{type(model).__name__}: SDPA cannot compute its attention "
@@ -265,7 +267,7 @@ def _refuse_uncomputed(model: Model) -> None:
         return call.attend()
 
     with attach_to_modules(dict.fromkeys(model.modules(), check)):
-        _forward(model, _ONE_TOKEN)
+        _forward(model, _ONE_TOKEN.expand(1, 256))  # enough to compress keys
 
 
 @contextmanager

@@ -403,6 +403,11 @@ def changes_with_length(model: Model) -> str | None:
 
 def _refuse_unstreamable(model: Model, calls: list[AttentionCall], keys: int) -> None:
     """What would be silently wrong, decided on features: RoPE type and what each layer passes."""
+    if model._is_stateful:
+        raise ValueError(
+            f"{type(model).__name__} carries a state beside its keys (Mamba, convolution), which a "
+            "SinkCache does not hold: stream a model with attention alone"
+        )
     if kind := changes_with_length(model):
         raise ValueError(
             f"RoPE type {kind!r} changes its frequencies with length, so cached keys cannot be "
