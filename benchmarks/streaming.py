@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 
 import table
 import torch
+from attention_map import half_billion
 from table import Row
 from torch import Tensor, nn
 from transformers import (
@@ -199,6 +200,24 @@ def figure10(model: PreTrainedModel, size: int, repeats: int) -> Row:
     return Row(what, ms["re-computation"] / ms["streaming"], how=how)
 
 
+def losses_pace(model: PreTrainedModel, window: int, ids: Tensor, repeats: int) -> Row:
+    """Time per token of `token_losses`, cache full, against a plain forward over as many tokens.
+
+    More than 1: each token sees the whole window, in a plain forward on average half of it, and
+    sinks at changing distances need a mask. Vocabulary 256: an LM head would add to both.
+    """
+    n, cache = SINKS + window, SinkCache(model, sinks=SINKS, window=window)
+    token_losses(model, ids[:, : n + BLOCK], cache=cache)  # fills the cache
+    steps = {
+        "plain": lambda: model(ids[:, :n], use_cache=False),
+        "losses": lambda: token_losses(model, ids[:, : n + 1], cache=cache),
+    }
+    seconds = interleaved(steps, repeats=repeats, warmup=1)
+    how = f"{1e3 * seconds['plain'] / n:.2f} -> {1e3 * seconds['losses'] / n:.2f} ms/token"
+    what = f"token_losses at {SINKS}+{window} / a plain forward, shape of 0.5 B parameters"
+    return Row(what, seconds["losses"] / seconds["plain"], "{:.2f}x", how=how)
+
+
 def random_model(layers: int, width: int, kv_heads: int) -> PreTrainedModel:
     heads = max(8, kv_heads)
     config = LlamaConfig(
@@ -223,6 +242,8 @@ def measure(quick: bool) -> Iterator[Row]:
     yield same_losses(model, ids)
     for window in (60,) if quick else (252, 1020):
         yield perplexity(model, window, ids, repeats)
+    layers, window = (1, 60) if quick else (2, 1020)
+    yield losses_pace(half_billion(layers), window, ids % 256, 1 if quick else 5)
     for size in sizes:
         yield decode(model, size, ids, 4 * repeats)
     for size in () if quick else (1024, 4096):
