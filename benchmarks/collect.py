@@ -20,8 +20,7 @@ from typing import Any
 from table import HERE
 
 from steerkit.files import write_json, write_text
-from steerkit.lab.usage import machine
-from steerkit.results import versions
+from steerkit.results import machine, versions
 
 NAMES = sorted(p.stem for p in HERE.glob("*.py") if p.stem not in ("collect", "gpu", "table"))
 

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from steerkit.files import read_data
+from steerkit.files import DATA, read_json
 
-TABLES: dict = read_data("world.json")
-REAL: dict = read_data("constraints.json")
+TABLES: dict = read_json(DATA / "world.json")
+REAL: dict = read_json(DATA / "constraints.json")
 FAMILIES = ("language", "figure", "hobby", "capitals", "ending", "json", "emoji", "pronoun")
-REAL_FAMILIES = tuple(REAL["instructions"])
 HELD_OUT_PAIRS = frozenset(frozenset(pair) for pair in TABLES["held_out_pairs"])
 _TABLES = {"world": TABLES, "real": REAL}
 
@@ -43,11 +42,6 @@ class Constraint(NamedTuple):
         """All ways to say it; the last one is the short form ("Language: French.")."""
         forms = _table_of(self.family, self.table)["instructions"][self.family]
         return [form.format(v=self.value) for form in [*forms["long"], forms["short"]]]
-
-    @property
-    def short(self) -> str:
-        """The short form ("Figure: Napoleon.")."""
-        return self.texts()[-1]
 
     @property
     def probe(self) -> Probe | None:
@@ -96,11 +90,9 @@ def instruct(rng: random.Random, constraints: Sequence[Constraint]) -> str:
 
 def _table_of(family: str, table: str) -> dict:
     """The table; ValueError if there is no such table, or no such family in it."""
-    if table not in _TABLES:
-        raise ValueError(f'table="{table}": expected {" or ".join(_TABLES)}')
-    known = _TABLES[table]["instructions"]
-    if family not in known:
-        raise ValueError(f'"{family}" is no family of table "{table}": {", ".join(known)}')
+    known = {name: list(content["instructions"]) for name, content in _TABLES.items()}
+    if family not in known.get(table, []):
+        raise ValueError(f'"{family}" is no family of a table "{table}"; there are {known}')
     return _TABLES[table]
 
 
@@ -140,8 +132,8 @@ def check_together(constraints: Sequence[Constraint | OwnConstraint]) -> None:
     for a, b in combinations((c for c in constraints if isinstance(c, Constraint)), 2):
         if a.table != b.table or not compatible((a.family, b.family), a.table):
             raise ValueError(
-                f'"{a.short}" and "{b.short}" contradict each other: no reply obeys both; '
-                "drop one (data/*.json, `exclusive`, lists such pairs)"
+                f'"{a.texts()[-1]}" and "{b.texts()[-1]}" contradict each other: no reply obeys '
+                "both; drop one (data/*.json, `exclusive`, lists such pairs)"
             )
 
 

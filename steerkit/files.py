@@ -16,19 +16,6 @@ DATA = (PACKAGE if INSTALLED else ROOT) / "data"
 NOTEBOOKS = (PACKAGE if INSTALLED else ROOT) / "notebooks"
 
 
-def data_file(name: str) -> Path:
-    """Path of `name` in data/; FileNotFoundError if it is not there."""
-    path = DATA / name
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: install steerkit again (`pip install .`)")
-    return path
-
-
-def read_data(name: str) -> Any:
-    """The content of a JSON file in data/."""
-    return read_json(data_file(name))
-
-
 def read_json(path: Path) -> Any:
     """The content of a JSON file; ValueError names it if it is damaged."""
     try:

@@ -32,12 +32,12 @@ def load(
     >>> model.config.num_hidden_layers, len(tokenizer)
     (6, 4096)
     """
-    place = resolve_device(device)
     source = source_of(name)
-    if dtype == "auto" and place.type == "cpu":
-        dtype = torch.float32
     adapter = Path(source) / "adapter_config.json"
     try:
+        place = resolve_device(device)
+        if dtype == "auto" and place.type == "cpu":
+            dtype = torch.float32
         if adapter.exists():
             if not adapter.with_name("adapter_model.safetensors").exists():
                 raise ValueError("no adapter_model.safetensors; other formats can run code")
@@ -49,25 +49,20 @@ def load(
                 source, dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # many kinds, for a damaged file or an unknown dtype
+    except Exception as error:  # many kinds: a damaged file, an unknown dtype, no such device
         reason = " ".join(str(error).split())[:240] or repr(error)
         raise ValueError(
-            f"{name}: the checkpoint cannot be loaded ({reason}); give a directory with "
+            f'{name}, device="{device}": cannot be loaded ({reason}); a name is a directory with '
             f"config.json and model.safetensors, a hub id, or one of {', '.join(embedded())}"
         ) from error
     return model.to(place).eval(), tokenizer
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" or a torch device string; ValueError when there is no such device here."""
+    """ "auto" or a torch device string; torch's error when there is no such device here."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch's ways to say so
-        raise ValueError(
-            f'device="{device}": not on this machine; use "auto", "cpu", "cuda" or "cuda:N"'
-        ) from error
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.empty(0, device=device).device
 
 
 def _merged(model: Model, adapter: str) -> Model:

@@ -1,16 +1,17 @@
-"""Results on disk: paper numbers read, our claims written atomically."""
+"""Results on disk: paper numbers read, our claims written atomically, and listed in one table."""
 
-import difflib
 import os
 import platform
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from steerkit.files import read_data, write_json
+from steerkit.files import DATA, read_json, write_json
 
 RUNS = "STEERKIT_RUNS"  # environment variable: the folder that replaces runs/
+LINE = "{:5} {:8} {:44.44} {:21.21} {:18.18}"  # of the table, 100 columns: the rest is cut
 
 
 def figures_dir(profile: str, notebook: str) -> Path:
@@ -18,18 +19,12 @@ def figures_dir(profile: str, notebook: str) -> Path:
 
     `steerkit run` names another folder than runs/ by an environment variable.
     """
-    for name in (profile, notebook):
-        refuse_folders(name)
     return Path(os.environ.get(RUNS, "runs")) / profile / notebook
 
 
 def paper_result(key: str) -> dict[str, Any]:
     """One published number: {"value" | "values", "unit", "paper", "where"}; KeyError if unknown."""
-    table = read_data("paper_results.json")
-    if key not in table:
-        near = difflib.get_close_matches(key, table, n=3, cutoff=0.3)
-        raise KeyError(f"paper result {key!r} is not in data/paper_results.json; near: {near}")
-    return table[key]
+    return read_json(DATA / "paper_results.json")[key]
 
 
 def save_claim(
@@ -77,3 +72,50 @@ def versions() -> dict[str, str]:
     """Python's and the main libraries' versions, as every claim and run record carries them."""
     names = ("steerkit", "torch", "transformers", "numpy")
     return {"python": platform.python_version()} | {n: metadata.version(n) for n in names}
+
+
+def machine() -> dict[str, Any]:
+    """The machine of a run: cores that it may use, CPU and GPU names, memory in GiB; nothing that
+    names a person."""
+    import torch  # here: the command says its --help without it
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    cpu = names[0] if names else platform.processor() or platform.machine()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cores": cores, "cpu": cpu, "memory_gib": round(memory, 1), "gpu": gpu}
+
+
+# The table
+
+
+def read_claims(folders: Iterable[Path]) -> list[dict[str, Any]]:
+    """Every claim in `folders`, one folder for each notebook, whose name is added to each claim."""
+    return [
+        {"notebook": folder.name} | read_json(file)
+        for folder in folders
+        for file in sorted(folder.glob("*.claim.json"))
+    ]
+
+
+def claims_table(claims: Iterable[dict[str, Any]]) -> str:
+    """One line for each claim, at most 100 columns."""
+    lines = [LINE.format("holds", "notebook", "claim", "ours", "paper")]
+    for claim in claims:
+        holds, number = "yes" if claim["holds"] else "NO", claim["notebook"].partition("_")[0]
+        paper = claim["paper"] or {}
+        published = paper.get("values", paper.get("value", "-"))
+        ours = _short(claim["ours"])
+        lines.append(LINE.format(holds, number, claim["claim"], ours, _short(published)))
+    return "\n".join(map(str.rstrip, lines))
+
+
+def _short(value: Any) -> str:
+    """Numbers to four significant digits, side by side."""
+    if isinstance(value, dict):
+        return _short(list(value.values()))
+    if isinstance(value, list):
+        return " ".join(_short(part) for part in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

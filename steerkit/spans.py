@@ -158,13 +158,9 @@ def find_turns(tokenizer: Tokenizer, dialogue: Dialogue) -> tuple[Tensor, list[T
 
 
 def reduce_by_turn(
-    values: Tensor,
-    turns: Sequence[Turn],
-    *,
-    role: str = "assistant",
-    reduce: Callable[..., Tensor] = torch.mean,
+    values: Tensor, turns: Sequence[Turn], *, reduce: Callable[..., Tensor] = torch.mean
 ) -> Tensor:
-    """Values (...,T) reduced over the tokens of each message of `role`, in order -> (...,N).
+    """Values (...,T) reduced over the tokens of each assistant message, in order -> (...,N).
 
     Called as `reduce(values, dim=-1)`, like `torch.amax` or `partial(torch.quantile, q=0.99)`.
     """
@@ -173,5 +169,5 @@ def reduce_by_turn(
             f"values of {values.shape[-1]} tokens, turns of {turns[-1].end}: they belong to "
             "different texts"
         )
-    reduced = [reduce(values[..., t.start : t.end], dim=-1) for t in turns if t.role == role]
+    reduced = [reduce(values[..., t.start : t.end], dim=-1) for t in turns if t.role == "assistant"]
     return torch.stack(reduced, dim=-1)

@@ -137,7 +137,7 @@ def test_the_recipe_of_the_stored_runs_trains_each_once_and_keeps_what_is_needed
 ) -> None:
     monkeypatch.setattr(backcopy, "RUNS", {"learnable sink": SMALL})
     monkeypatch.setattr(backcopy, "SNAPSHOTS", (2,))
-    monkeypatch.setattr(backcopy, "data_file", tmp_path.joinpath)
+    monkeypatch.setattr(backcopy, "DATA", tmp_path)
     store_run = runpy.run_path(str(MAKE))["store_run"]
     store_run("learnable sink", 0, tmp_path / "backcopy")
     folder = tmp_path / "backcopy" / "learnable_sink-seed0"

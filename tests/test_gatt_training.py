@@ -23,7 +23,7 @@ import steerkit
 from steerkit.attention.maps import attention_map
 from steerkit.chat import CHATML, Message, dialogue_ids, prompt_ids
 from steerkit.constraints import FAMILIES
-from steerkit.files import DATA, data_file
+from steerkit.files import DATA
 from steerkit.gatt import dialogues as gatt
 from steerkit.gatt import training
 from steerkit.gatt.evaluation import adherence_by_turn
@@ -263,7 +263,7 @@ def test_the_shipped_adapter_keeps_what_the_base_forgets(tiny):
 
 
 def test_the_stored_runs_are_of_the_shipped_base(tiny):
-    runs = json.loads(data_file("gatt_runs.json").read_text())
+    runs = json.loads((DATA / "gatt_runs.json").read_text())
     assert {run["base"] for run in runs} == {fingerprint(tiny[0])}, "run data/make/gatt_results.py"
 
 

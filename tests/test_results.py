@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from steerkit import files, results, statistics
-from steerkit.lab.claims import read_claims
 from steerkit.steering.head_search import load_table
 
 PAPER = json.loads((files.ROOT / "data" / "paper_results.json").read_text(encoding="utf-8"))
@@ -25,7 +24,7 @@ def test_each_paper_number_names_its_paper_place_and_unit(key):
     assert row["unit"] == "text" or all(isinstance(x, (int, float)) and x >= 0 for x in numbers)
 
 
-@pytest.mark.parametrize("read", [lambda p: read_claims([p.parent]), load_table])
+@pytest.mark.parametrize("read", [lambda p: results.read_claims([p.parent]), load_table])
 def test_a_damaged_file_is_named(tmp_path, read):
     path = tmp_path / "half.claim.json"
     path.write_text('{"scores": [[1.0, ')

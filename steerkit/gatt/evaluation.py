@@ -5,6 +5,7 @@ Axes: N dialogues, T turns of the longest one. NaN stands after the end of a sho
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -66,11 +67,17 @@ def adherence_by_turn(
     check_request(plans=len(plans), batch=batch, probe_turns=min(probe_turns, default=1))
     if turns and not forced:
         raise ValueError(f"turns={turns}: the model's own history needs all of its replies")
+
+    def answers(chat: BatchedChat, dialogues: list[list[Message]], plans: list[Plan]) -> list[str]:
+        if lever is None:
+            return chat.reply(dialogues, max_new_tokens=max_new_tokens)
+        return lever(model, tokenizer, dialogues, [plan.instruction for plan in plans])
+
     replies: list[list[str]] = [[] for _ in plans]
     recalled = [[torch.nan] * len(plan.questions) for plan in plans]
     for start in tqdm(range(0, len(plans), batch), unit="batch", delay=2, leave=False):
         part = plans[start : start + batch]
-        answer = _answer(model, tokenizer, lever, max_new_tokens)
+        answer = partial(answers, BatchedChat(model, tokenizer))
         dialogues: list[list[Message]] = [[] for _ in part]
         for turn, active in user_turns(part, dialogues, every=every):
             if turn + 1 in probe_turns:
@@ -94,20 +101,6 @@ def adherence_by_turn(
         skipped = [turn for turn in range(score.shape[1]) if turn + 1 not in turns]
         score[:, skipped] = torch.nan
     return Adherence(*scores, _ragged(recalled), replies)
-
-
-def _answer(
-    model: Model, tokenizer: Tokenizer, lever: Callable[..., list[str]] | None, max_new_tokens: int
-) -> Callable[[list[list[Message]], list[Plan]], list[str]]:
-    """The replies to dialogues by the lever, or greedy ones over a cache that is kept."""
-    chat = BatchedChat(model, tokenizer)
-
-    def answer(dialogues: list[list[Message]], plans: list[Plan]) -> list[str]:
-        if lever is None:
-            return chat.reply(dialogues, max_new_tokens=max_new_tokens)
-        return lever(model, tokenizer, dialogues, [plan.instruction for plan in plans])
-
-    return answer
 
 
 def _recall(

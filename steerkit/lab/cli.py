@@ -11,12 +11,13 @@ examples:
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from steerkit.files import NOTEBOOKS
-from steerkit.results import versions
+from steerkit.results import claims_table, read_claims, versions
 
 PROFILES = ("smoke", "cpu", "gpu")
 
@@ -58,13 +59,12 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="say which exercises of a student's copy are right")
     check.add_argument("notebooks", type=Path, nargs="+", metavar="NOTEBOOK")
-    check.add_argument("--profile", default="smoke", choices=PROFILES)
     check.add_argument("--key", type=Path, default=NOTEBOOKS, help="default: the kit's notebooks")
     return parser
 
 
 def _run(args: argparse.Namespace) -> int:
-    from steerkit.lab import claims, runner
+    from steerkit.lab import runner
 
     paths = runner.find_notebooks(args.only)
     # Whatever can be wrong with the request is found before the first notebook runs.
@@ -78,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
         outcomes.append(outcome)
         if args.store and outcome.error is None:
             runner.store(outcome, path, path.parent.parent / "figures" / args.profile / path.stem)
-    print(claims.claims_table(claims.read_claims(outcome.results for outcome in outcomes)))
+    print(claims_table(read_claims(outcome.results for outcome in outcomes)))
     print(f"details, figures and executed notebooks: {args.out / args.profile}")
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:
@@ -87,9 +87,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _notebooks(args: argparse.Namespace) -> int:
-    from steerkit.lab import runner
-
-    print(*runner.copy_notebooks(args.folder), sep="\n")
+    shutil.copytree(NOTEBOOKS, args.folder, ignore=shutil.ignore_patterns("runs", ".*", "__*"))
+    print(*sorted(args.folder.glob("*.ipynb")), sep="\n")
     return 0
 
 
@@ -106,7 +105,7 @@ def _check(args: argparse.Namespace) -> int:
     states = []
     for path in args.notebooks:
         print(path, flush=True)
-        for number, state in enumerate(exercises.grade(path, args.profile, args.key), start=1):
+        for number, state in enumerate(exercises.grade(path, args.key), start=1):
             print(f"  Exercise {number}: {state}")
             states.append(state)
     return 0 if set(states) == {exercises.RIGHT} else 1

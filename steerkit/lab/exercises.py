@@ -32,12 +32,6 @@ cell: it says whether the answer is right. `steerkit check NOTEBOOK` runs the wh
 small size and lists them all."""
 
 
-class _Line(str):
-    """Shown without quotes."""
-
-    __repr__ = str.__str__
-
-
 @contextmanager
 def exercise(number: int, *answers: Any) -> Iterator[None]:
     """Show whether an exercise is right; an answer that is still `...` is no error, only not done.
@@ -50,7 +44,8 @@ def exercise(number: int, *answers: Any) -> Iterator[None]:
     except Exception:
         if not unsolved:
             raise
-    display(_Line(f"Exercise {number}: {OPEN if unsolved else RIGHT}."))
+    state = OPEN if unsolved else RIGHT
+    display({"text/plain": f"Exercise {number}: {state}."}, raw=True)
 
 
 def student_copy(notebook: NotebookNode) -> NotebookNode:
@@ -99,9 +94,9 @@ def write_copies(notebooks: Sequence[Path], out: Path) -> list[Path]:
     return list(texts)
 
 
-def grade(path: Path, profile: str, key: Path = NOTEBOOKS) -> list[str]:
-    """Run a copy of a student's notebook, and say of each exercise: right, not done yet,
-    wrong: ..., not reached: ..., or no verdict.
+def grade(path: Path, key: Path = NOTEBOOKS) -> list[str]:
+    """Run a copy of a student's notebook at small size, and say of each exercise: right, not done
+    yet, wrong: ..., not reached: ..., or no verdict.
 
     The assertions are those of the notebook of this name in the folder `key`; the student's own
     are not executed. Of several cells for one exercise the last one counts.
@@ -118,8 +113,8 @@ def grade(path: Path, profile: str, key: Path = NOTEBOOKS) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / path.name
         nbformat.write(notebook, trial)
-        values, out = runner.overrides(trial, profile), Path(folder) / "runs"
-        outcome = runner.execute(trial, values, profile, out, cwd=path.parent.resolve())
+        values, out = runner.overrides(trial, "smoke"), Path(folder) / "runs"
+        outcome = runner.execute(trial, values, "smoke", out, cwd=path.parent.resolve())
         executed = nbformat.read(outcome.executed, as_version=4)
     attempts = [_tagged(executed, f"attempt-{number + 1}") for number in range(len(exercises))]
     return [_state(cells[-1], outcome.error) if cells else GONE for cells in attempts]

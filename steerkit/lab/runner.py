@@ -21,8 +21,7 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from steerkit.files import NOTEBOOKS, ROOT, embedded, source_of, write_json, write_text
-from steerkit.lab.usage import machine
-from steerkit.results import RUNS, versions
+from steerkit.results import RUNS, machine, versions
 
 CELL_TIMEOUT = {"smoke": 300, "cpu": 1200, "gpu": 6 * 3600}  # seconds per cell: a stuck run ends
 NAMES = "[0-9]*.ipynb"
@@ -50,12 +49,6 @@ def find_notebooks(prefixes: Sequence[str] = ()) -> list[Path]:
         if not any(name.startswith(prefix) for name in names):
             raise ValueError(f"no notebook in {folder} starts with {prefix!r}; there are {names}")
     return [path for path in paths if not prefixes or path.stem.startswith(tuple(prefixes))]
-
-
-def copy_notebooks(folder: Path) -> list[Path]:
-    """Copy the kit's notebooks into a new folder; FileExistsError if it is there already."""
-    shutil.copytree(NOTEBOOKS, folder, ignore=shutil.ignore_patterns("runs", ".*", "__*"))
-    return sorted(folder.glob(NAMES))
 
 
 def parameters(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from steerkit.attention.hook import softmax_off_by_one
 from steerkit.attention.record import WeightChunk, record_weights, value_norms
-from steerkit.files import data_file
+from steerkit.files import DATA
 from steerkit.models import Model
 from steerkit.streaming.losses import recomputed_losses, token_losses
 
@@ -202,7 +202,7 @@ def load_run(name: str, seed: int = 0, *, step: int | None = None) -> tuple[Mode
     recipe = replace(RUNS[name], seed=seed)
     model, step = new_model(recipe), recipe.steps if step is None else step
     folder = f"{name.replace(' ', '_')}-seed{seed}"
-    weights = load_file(data_file(f"backcopy/{folder}/step-{step}.safetensors"))
+    weights = load_file(DATA / "backcopy" / folder / f"step-{step}.safetensors")
     model.load_state_dict(weights, strict=False)  # the LM head is the embedding, stored once
     return model, recipe
 
