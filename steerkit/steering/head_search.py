@@ -13,10 +13,9 @@ Axes: N prompts, L layers, H query heads.
 """
 
 import json
-import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -92,7 +91,7 @@ def rank(mean: Tensor) -> list[Head]:
     return [head for head in heads if not mean[head].isnan()]
 
 
-def _empty_table(model: Model, prompts: Prompts, alpha: float, task: str) -> HeadTable:
+def _empty_table(model: Model, prompts: Prompts, alpha: float, task: str = "") -> HeadTable:
     """All scores are missing; ValueError for prompts and alphas that cannot be scored."""
     check_alpha(alpha)
     if not prompts:
@@ -113,14 +112,12 @@ def _empty_table(model: Model, prompts: Prompts, alpha: float, task: str) -> Hea
 # --- Algorithm 1 -------------------------------------------------------------------------------
 
 
-def naive_scores(
-    model: Model, prompts: Prompts, *, heads: Heads | None = None, alpha: float = 0.01
-) -> HeadTable:
+def naive_scores(model: Model, prompts: Prompts, *, alpha: float = 0.01) -> HeadTable:
     """Algorithm 1 as the paper says it: steer one head after another, one whole forward each."""
-    table = _empty_table(model, prompts, alpha, "")
-    chosen = _in_order(model, heads)
-    layer, index = torch.tensor(chosen).T
-    table.baseline[:], table.scores[:, layer, index] = _one_by_one(model, prompts, chosen, alpha)
+    table = _empty_table(model, prompts, alpha)
+    heads = _in_order(model, None)
+    layer, index = torch.tensor(heads).T
+    table.baseline[:], table.scores[:, layer, index] = _one_by_one(model, prompts, heads, alpha)
     return table
 
 
@@ -174,15 +171,19 @@ def score_heads(
 
     `tokens` is the most that one forward reads (default: 1,024 on a CPU, 8,192 elsewhere): lower it
     when memory runs out. With `path` the table is written there as it grows, and a later call goes
-    on where it ends; the file says of which model, `task` and alpha it is. Under `accelerate
-    launch` each process scores a share of the prompts, and all return the whole table:
+    on where it ends; the file says of which model, `task` and alpha it is:
 
-        # search.py, run with: accelerate launch search.py
-        model, tokenizer = load("Qwen/Qwen2.5-7B-Instruct")
         bios = load_dataset("json", data_files="bios.jsonl", split="train")
         task, examples = load_task(TASKS["json"], bios)
-        prompts = to_prompts(tokenizer, examples)
-        table = score_heads(model, prompts, path="json.table", task="json")
+        table = score_heads(model, to_prompts(tokenizer, examples), path="bios.table", task="json")
+
+    Each prompt is scored by itself, so several processes can share the prompts. In a script that
+    `accelerate launch` starts, all get the same table in this way:
+
+        with PartialState().split_between_processes(prompts) as share:
+            table = score_heads(model, share)
+        scores, baseline = zip(*gather_object([(table.scores, table.baseline)]))
+        table = HeadTable(torch.cat(scores), torch.cat(baseline), table.about)
 
     >>> from steerkit import load, score_heads
     >>> from steerkit.steering.tasks import to_prompts
@@ -234,21 +235,16 @@ def _fill(
     missing.sort(key=lambda i: (prompts[i].first // 4, prompts[i].length))
     longest = max(prompts[i].length - prompts[i].first for i in missing)
     size = max(1, tokens // table.scores.shape[2] // longest)
-    batches = [missing[start : start + size] for start in range(0, len(missing), size)]
-    saves = path is not None and os.environ.get("RANK", "0") == "0"
-    with _shared_out(batches, table) as share:
-        naive = False
-        for batch in tqdm(share, unit="batch", delay=2, leave=False):
-            options = model, [prompts[i] for i in batch], heads, table.about["alpha"]
-            check = batch is share[0]
-            found = None if naive else _compute_once(*options, tokens, check=check)
-            naive = found is None
-            table.baseline[batch], scores = found or _one_by_one(*options)
-            table.scores[torch.tensor(batch)[:, None], layer, index] = scores
-            if saves:
-                table.save(path)
-    if saves:
-        table.save(path)  # with the scores of the other processes
+    naive = False
+    for start in tqdm(range(0, len(missing), size), unit="batch", delay=2, leave=False):
+        batch = missing[start : start + size]
+        options = model, [prompts[i] for i in batch], heads, table.about["alpha"]
+        found = None if naive else _compute_once(*options, tokens, check=start == 0)
+        naive = found is None
+        table.baseline[batch], scores = found or _one_by_one(*options)
+        table.scores[torch.tensor(batch)[:, None], layer, index] = scores
+        if path is not None:
+            table.save(path)
 
 
 def _compute_once(
@@ -270,24 +266,6 @@ def _compute_once(
         if (scores[:1, [0, -1]] - naive).abs().max() > tolerance:
             return None
     return batch.baseline, scores
-
-
-@contextmanager
-def _shared_out(batches: list[list[int]], table: HeadTable) -> Iterator[list[list[int]]]:
-    """This process's batches; at the end all processes' scores are in the table of each."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield batches
-        return
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-
-    state = PartialState()
-    state.wait_for_everyone()  # all have read the table's file before one writes it
-    with state.split_between_processes(batches) as share:
-        yield share
-    for scores, baseline in gather_object([(table.scores, table.baseline)]):
-        table.scores.copy_(scores.where(~scores.isnan(), table.scores))
-        table.baseline.copy_(baseline.where(~baseline.isnan(), table.baseline))
 
 
 # --- the screen --------------------------------------------------------------------------------
@@ -312,10 +290,9 @@ def screen_heads(
     halves the heads and doubles the prompts, until `keep` + 2 heads have met all prompts. Only
     these are ranked in the table; scores that were not computed are NaN.
     """
-    table = _empty_table(model, prompts, alpha, "")
-    N, finalists, heads = len(prompts), keep + 2, table.scores[0].numel()
-    if not 1 <= keep <= heads - 2:
-        raise ValueError(f"keep={keep}: expected 1 <= keep <= {heads - 2} of {heads} heads")
+    table = _empty_table(model, prompts, alpha)
+    N, heads = len(prompts), table.scores[0].numel()
+    finalists = min(keep + 2, heads)
     order = random.Random("screen 0").sample(range(N), N)
     sample = [prompts[i] for i in order[: max(1, round(N / 4))]]
     slopes = bias_slopes(model, sample, alpha=alpha).mean(0)
@@ -350,13 +327,10 @@ def intersection(tables: Iterable[HeadTable], k: int) -> list[Head]:
     return sorted(shared, key=lambda head: (sum(heads.index(head) for heads in ranked), head))
 
 
-def shared_top_k(tables: Sequence[HeadTable], size: int) -> tuple[list[Head], int]:
-    """The intersection of the smallest top-k that holds at least `size` heads, and that k."""
-    n = len(tables[0].ranked())
-    if not 1 <= size <= n:
-        raise ValueError(f"size={size}: expected 1 <= size <= {n} scored heads")
-    k = next(k for k in range(1, n + 1) if len(intersection(tables, k)) >= size)
-    return intersection(tables, k)[:size], k
+def shared_top_k(tables: Sequence[HeadTable], size: int) -> list[Head]:
+    """`size` heads of the smallest k at which the top k of all tables share so many."""
+    shared = (intersection(tables, k) for k in range(size, len(tables[0].ranked()) + 1))
+    return next(heads for heads in shared if len(heads) >= size)[:size]
 
 
 def select_heads(tables: Mapping[str, HeadTable], task: str, size: int) -> dict[str, list[Head]]:
@@ -365,11 +339,12 @@ def select_heads(tables: Mapping[str, HeadTable], task: str, size: int) -> dict[
     "task-specific": its own best. "multi-task": the best of all tables together. "task-agnostic":
     of all tables but its own.
     """
+    own = tables[task].top(size)
     others = [table for name, table in tables.items() if name != task]
     return {
-        "task-agnostic": shared_top_k(others, size)[0],
-        "multi-task": shared_top_k(list(tables.values()), size)[0],
-        "task-specific": tables[task].top(size),
+        "task-agnostic": shared_top_k(others, size),
+        "multi-task": shared_top_k(list(tables.values()), size),
+        "task-specific": own,
     }
 
 
@@ -378,14 +353,9 @@ def chance_overlap(n: int, k: int, tasks: int) -> float:
     return n * (k / n) ** tasks
 
 
-def random_heads(
-    size: tuple[int, int], k: int, *, seed: int, without: Iterable[Head] = ()
-) -> list[Head]:
+def random_heads(size: tuple[int, int], k: int, *, seed: int) -> list[Head]:
     """`k` heads drawn from a model of `size` (layers, heads): the control of a selection."""
-    pool = [h for h in every_head(*size) if h not in set(without)]
-    if not 1 <= k <= len(pool):
-        raise ValueError(f"k={k}: expected 1 <= k <= {len(pool)} heads to draw from")
-    return random.Random(f"random heads {seed}").sample(pool, k)
+    return random.Random(f"random heads {seed}").sample(every_head(*size), k)
 
 
 def stability(table: HeadTable, k: int, *, resamples: int = 500, seed: int = 0) -> Tensor:

@@ -198,9 +198,7 @@ def track_prompt(model: Model, prompt: PromptState, attention: nn.Module) -> Ite
     Several modules around `attention`, any layer's, take tokens: the model, its decoder, ... Which
     of them are called differs by architecture and caller. The outermost one counts.
     """
-    name = next(name for name, module in model.named_modules() if module is attention)
-    parts = name.split(".")
-    around = [model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
+    around = [module for module in model.modules() if attention in module.modules()]
     signatures = {module: inspect.signature(module.forward) for module in around}
     entered: list[nn.Module] = []
 
@@ -258,13 +256,3 @@ def add_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
     if mask.dtype == torch.bool:
         return bias.masked_fill(~mask, -math.inf)
     return bias + mask
-
-
-def weight_inside(call: AttentionCall, inside: Tensor) -> Tensor:
-    """Weight each query puts on the keys `inside` (B,K), before any bias -> (B,H,Q).
-
-    Attention itself sums it: over values that are 1 inside and 0 outside. No weights are made.
-    """
-    value = torch.zeros_like(call.value)
-    value[..., 0] = inside[:, None]
-    return call.attend(value=value, recorder=None)[..., 0].transpose(1, 2).float()

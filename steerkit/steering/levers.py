@@ -15,15 +15,14 @@ from steerkit.chat import Batch, Dialogue, as_messages, pad_left, prompt_ids, re
 from steerkit.models import Model, Tokenizer
 from steerkit.spans import Span, Spans, find_span
 
-Lever = Callable[[Model, Tokenizer, Sequence[Dialogue], Sequence[str]], list[str]]
-"""(model, tokenizer, dialogues, the instruction of each) -> the next reply to each dialogue."""
+Dialogues, Texts = Sequence[Dialogue], Sequence[str]
+Lever = Callable[[Model, Tokenizer, Dialogues, Texts], list[str]]
+"""(model, tokenizer, dialogues, the wanted instruction of each) -> the next reply to each."""
 
 NEW_TOKENS = 48  # at most, of each reply
 
 
-def plain(
-    model: Model, tokenizer: Tokenizer, dialogues: Sequence[Dialogue], _: Sequence[str] = ()
-) -> list[str]:
+def plain(model: Model, tokenizer: Tokenizer, dialogues: Dialogues, _: Texts = ()) -> list[str]:
     """No lever: the greedy replies."""
     return reply(model, tokenizer, dialogues, max_new_tokens=NEW_TOKENS)
 
@@ -35,11 +34,9 @@ def repeated(which: Callable[[int, int], bool], text: str | None = None) -> Leve
     anyway. `text` stands there instead of the instruction, as a control of the same length.
     """
 
-    def lever(
-        model: Model, tokenizer: Tokenizer, dialogues: Sequence[Dialogue], instructions: Sequence
-    ) -> list[str]:
+    def lever(model: Model, tokenizer: Tokenizer, dialogues: Dialogues, wanted: Texts) -> list[str]:
         longer = []
-        for dialogue, instruction in zip(dialogues, instructions, strict=True):
+        for dialogue, instruction in zip(dialogues, wanted, strict=True):
             messages = as_messages(dialogue)
             users = [n for n, message in enumerate(messages) if message.role == "user"]
             for turn, n in enumerate(users[1:], 1):
@@ -62,20 +59,16 @@ def steered(
     `where(span, tokens)` may move the instruction's span within a prompt of so many tokens.
     """
 
-    def lever(
-        model: Model, tokenizer: Tokenizer, dialogues: Sequence[Dialogue], instructions: Sequence
-    ) -> list[str]:
+    def lever(model: Model, tokenizer: Tokenizer, dialogues: Dialogues, wanted: Texts) -> list[str]:
         spans = []
-        for dialogue, instruction in zip(dialogues, instructions, strict=True):
+        for dialogue, instruction in zip(dialogues, wanted, strict=True):
             tokens = len(prompt_ids(tokenizer, dialogue))
             spans.append([where(find_span(tokenizer, dialogue, instruction), tokens)])
-        return reply(
-            model,
-            tokenizer,
-            dialogues,
-            steer=lambda batch: method(model, batch.move(spans)),
-            max_new_tokens=NEW_TOKENS,
-        )
+
+        def steer(batch: Batch) -> AbstractContextManager:
+            return method(model, batch.move(spans))
+
+        return reply(model, tokenizer, dialogues, steer=steer, max_new_tokens=NEW_TOKENS)
 
     return lever
 
@@ -89,11 +82,9 @@ def guided(scale: float) -> Lever:
     positions of the second prompt from its padding on.)
     """
 
-    def lever(
-        model: Model, tokenizer: Tokenizer, dialogues: Sequence[Dialogue], instructions: Sequence
-    ) -> list[str]:
+    def lever(model: Model, tokenizer: Tokenizer, dialogues: Dialogues, wanted: Texts) -> list[str]:
         without = []
-        for dialogue, instruction in zip(dialogues, instructions, strict=True):
+        for dialogue, instruction in zip(dialogues, wanted, strict=True):
             first, *later = as_messages(dialogue)
             content = first.content.replace(instruction, "", 1).strip()
             without.append(prompt_ids(tokenizer, [first._replace(content=content), *later]))

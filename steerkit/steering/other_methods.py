@@ -23,7 +23,7 @@ from torch import Tensor
 from steerkit.attention.hook import AttentionCall, Heads
 from steerkit.models import Model
 from steerkit.spans import Spans
-from steerkit.steering.key_bias import Strength, key_bias, number, weight_inside
+from steerkit.steering.key_bias import Strength, key_bias, number
 
 
 @contextmanager
@@ -91,8 +91,7 @@ def spotlight(
         odds = raised * (1 - psi) / (1 - target) if exact else raised
         return odds.log().clamp(min=0)
 
-    strength = _by_psi(bias)
-    with key_bias(model, spans, heads, inside=1.0, strength=strength):
+    with key_bias(model, spans, heads, inside=1.0, strength=_by_psi(bias)):
         yield
 
 
@@ -119,10 +118,15 @@ def split_softmax(
 
 
 def _by_psi(strength: Callable[[Tensor], Tensor]) -> Strength:
-    """`strength` of psi, for every query that sees both a span and something else."""
+    """`strength` of psi, for every query that sees both a span and something else.
+
+    Attention itself sums psi: over values that are 1 inside and 0 outside. No weights are made.
+    """
 
     def of(call: AttentionCall, inside: Tensor) -> Tensor:
-        psi = weight_inside(call, inside)  # (B,H,Q); the bias is 1 inside
+        value = torch.zeros_like(call.value)
+        value[..., 0] = inside[:, None]  # `inside` (B,K) is the bias: 1 in the spans, else 0
+        psi = call.attend(value=value, recorder=None)[..., 0].transpose(1, 2).float()  # (B,H,Q)
         undecided = (psi > 0) & (psi < 1)
         return torch.where(undecided, strength(psi.where(undecided, 0.5)), 0.0)
 

@@ -6,7 +6,7 @@ The hub's "LabHC/bias_in_bios" will not do: it lacks names, and the sentence tha
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ def load_task(task: Task, records: Iterable[Record]) -> tuple[Task, list[Example
     Pronouns Changing is not in the data.
     """
     try:
-        examples = [_EXAMPLE[task.name](record) for record in records]
+        examples = [_MAKE[task.name](record) for record in records]
     except KeyError as error:
         raise ValueError(
             f"no column {error} for task {task.name}: use Dataset.rename_columns of `datasets`"
@@ -78,9 +78,4 @@ def _counterfact(record: Record) -> Example:
     return Example(first, span, new, new, candidates=(new, old), paraphrases=tuple(others))
 
 
-_EXAMPLE: dict[str, Callable[[Record], Example]] = {
-    "json": _json,
-    "pronouns": _pronouns,
-    "biasbios": _biography,
-    "counterfact": _counterfact,
-}
+_MAKE = {"json": _json, "pronouns": _pronouns, "biasbios": _biography, "counterfact": _counterfact}

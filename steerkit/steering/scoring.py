@@ -156,8 +156,7 @@ class PromptBatch:
 
 def _decoder_layers(model: Model, calls: Iterable[AttentionCall]) -> list[nn.Module]:
     """The member of the model's layer list that holds each attention module."""
-    stacks = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]
-    layers = [layer for stack in stacks for layer in stack]
+    layers = [x for m in model.base_model.modules() if isinstance(m, nn.ModuleList) for x in m]
     return [next(x for x in layers if call.module in list(x.modules())) for call in calls]
 
 

@@ -22,15 +22,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from steerkit.chat import Batch, Message, batches, prompt_ids, reply
 from steerkit.models import Model, Tokenizer
-from steerkit.spans import find_span
+from steerkit.spans import Spans, find_span, span_mask
 from steerkit.steering.scoring import Prompt
 
-Steer = Callable[[Model, object], AbstractContextManager]
+Steer = Callable[[Model, Spans], AbstractContextManager]
 """(model, spans) -> a `with`; for PASTA `partial(emphasise, heads=..., alpha=...)`."""
 
-
 Messages = tuple[Message, ...]
-_BATCH = 64  # prompts in one forward
 
 
 class Example(NamedTuple):
@@ -321,21 +319,25 @@ def compare(
     CounterFact; `paraphrased` its PS, a mean over the paraphrases; on BiasBios its accuracy.
     """
     forms = [e.paraphrases if paraphrased else (e.messages,) for e in examples]
-    single = [
-        e._replace(messages=form) for e, each in zip(examples, forms, strict=True) for form in each
-    ]
+    pairs = zip(examples, forms, strict=True)
+    single = [e._replace(messages=form) for e, each in pairs for form in each]
     ids = [prompt_ids(tokenizer, _prompt(tokenizer, e)) for e in single]
+    spans = [[_span(tokenizer, e)] for e in single]
     preferred = torch.zeros(len(single))
-    for padded in batches(tokenizer, ids, _BATCH):
-        chosen = [single[i] for i in padded.indices]
-        preferred[padded.indices] = _preferred(model, tokenizer, chosen, padded, steer)
+    for batch in batches(tokenizer, ids, 64):
+        found, _ = span_mask(batch.move(spans))
+        inside = torch.zeros(
+            batch.inputs["input_ids"].shape, dtype=torch.bool
+        )  # to the prompt's end
+        inside[:, : found.shape[1]] = found
+        with steer(model, inside) if steer else nullcontext():
+            chosen = [single[i] for i in batch.indices]
+            preferred[batch.indices] = _preferred(model, tokenizer, chosen, batch)
     return torch.stack([part.mean() for part in preferred.split([len(each) for each in forms])])
 
 
 @torch.no_grad()
-def _preferred(
-    model: Model, tokenizer: Tokenizer, examples: Examples, prompts: Batch, steer: Steer | None
-) -> Tensor:
+def _preferred(model: Model, tokenizer: Tokenizer, examples: Examples, prompts: Batch) -> Tensor:
     """1 where the value's first token has the largest logit of all candidates': (B,).
 
     One forward over the prompts, padded on the left, and the answers up to the value, padded on the
@@ -348,14 +350,9 @@ def _preferred(
     mask = torch.cat([prompts.inputs["attention_mask"], after >= 0], dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     inputs = {"attention_mask": mask.to(model.device), "position_ids": positions.to(model.device)}
-    spans = torch.zeros_like(ids, dtype=torch.bool)  # a mask, which ends with the prompt
-    for row, (e, padding) in enumerate(zip(examples, prompts.padding, strict=True)):
-        start, end = _span(tokenizer, e)
-        spans[row, padding + start : padding + end] = True
-
     whole = torch.cat([ids, after.clamp(min=0)], dim=1).to(model.device)
-    with steer(model, spans) if steer else nullcontext():
-        logits = model(whole, **inputs, use_cache=False, logits_to_keep=after.shape[1] + 1).logits
+    logits = model(whole, **inputs, use_cache=False, logits_to_keep=after.shape[1] + 1).logits
+
     preferred = torch.zeros(len(examples))
     for row, (e, text) in enumerate(zip(examples, said, strict=True)):
         space = " " if not text or text[-1].isspace() else ""
