@@ -12,7 +12,8 @@ _EXPORTS = {  # module -> its names; a module is imported when one of its names 
     "chat": ["reply", "Message"],
     "spans": ["find_span"],
     # look: attention weights and heat maps
-    "attention.hook": ["attach", "Head"],
+    "attention.heads": ["Head"],
+    "attention.hook": ["attach"],
     "attention.record": ["attention_weights", "sink_metric"],
     "attention.maps": ["attention_map", "span_share"],
     # steer: PASTA

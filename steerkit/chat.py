@@ -158,9 +158,7 @@ def check_ids(model: Model, ids: Tensor, *, one_text: bool = False) -> None:
     low, high = int(ids.min()), int(ids.max())
     vocabulary = model.get_input_embeddings().num_embeddings
     if low < 0 or high >= vocabulary:
-        raise ValueError(
-            f"ids from {low} to {high}: the model's vocabulary is 0 .. {vocabulary - 1}"
-        )
+        raise ValueError(f"ids from {low} to {high}: the vocabulary is 0 .. {vocabulary - 1}")
 
 
 def stop_ids(model: Model, tokenizer: Tokenizer) -> list[int]:

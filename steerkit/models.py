@@ -69,8 +69,8 @@ def _merged(model: Model, adapter: str) -> Model:
     """The base model with the adapter in this folder merged into its weights."""
     from peft import PeftModel
 
-    with warnings.catch_warnings():  # of peft's about names of transformers that will change
-        warnings.simplefilter("ignore", FutureWarning)
+    # Peft uses names of transformers that will change.
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
     merged.name_or_path = merged.config.name_or_path = adapter  # another model than its base
     return merged

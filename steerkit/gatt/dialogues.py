@@ -242,8 +242,7 @@ def competing_plans(plans: Sequence[Plan], *, seed: int = 0) -> list[Plan]:
         families = {c.family for c in plan.constraints}
         rivals = [p for p in others if families & {c.family for c in p.constraints}]
         other = rng.choice(rivals or others)
-        changes = {"constraints": other.constraints, "instruction": other.instruction}
-        competing.append(replace(plan, **changes, probes=()))
+        competing.append(replace(other, questions=plan.questions, probes=()))
     return competing
 
 
