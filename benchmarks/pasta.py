@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from steerkit.attention.hook import AttentionCall, Edit, Head, attach
+from steerkit.attention.heads import Head
+from steerkit.attention.hook import AttentionCall, Edit, attach
 from steerkit.steering.pasta import emphasise
 from steerkit.streaming.latency import interleaved
 

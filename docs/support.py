@@ -29,7 +29,8 @@ from transformers.models.auto import modeling_auto
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from steerkit.attention.hook import Head, softmax_layers_only
+from steerkit.attention.heads import Head
+from steerkit.attention.hook import softmax_layers_only
 from steerkit.attention.maps import attention_map, bin_edges
 from steerkit.attention.record import attention_weights
 from steerkit.files import write_text

@@ -1,6 +1,6 @@
 """The exported names, for editors and type checkers: `__init__.py` imports them when asked for."""
 
-from steerkit.attention.hook import Head as Head
+from steerkit.attention.heads import Head as Head
 from steerkit.attention.hook import attach as attach
 from steerkit.attention.maps import attention_map as attention_map
 from steerkit.attention.maps import span_share as span_share

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import steerkit
 from steerkit.attention import maps, record
-from steerkit.attention.hook import Head
+from steerkit.attention.heads import Head
 from steerkit.gatt import dialogues as gatt
 from steerkit.gatt import evaluation as gatt_eval
 from steerkit.gatt.training import Settings, train

@@ -15,7 +15,8 @@ from tiny_models import tiny, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
-from steerkit.attention.hook import AttentionCall, Head, attach, softmax_off_by_one
+from steerkit.attention.heads import Head
+from steerkit.attention.hook import AttentionCall, Edit, attach, softmax_off_by_one
 from steerkit.steering.key_bias import attend_biased
 from steerkit.steering.pasta import emphasise
 from steerkit.streaming.losses import token_losses
@@ -28,15 +29,13 @@ NEW = {"do_sample": False, "pad_token_id": 0, "output_logits": True}
 NEW |= {"return_dict_in_generate": True, "max_new_tokens": 6}
 
 
-def literal(
-    heads: Iterable[tuple[int, int]], factor: Tensor
-) -> dict[int, Callable[[AttentionCall], Tensor]]:
+def literal(heads: Iterable[tuple[int, int]], factor: Tensor) -> dict[int, Edit]:
     """Equation 2 as it stands: softmax, times `factor` (B,T) by key, renormalised; later keys 1.
 
     Keys must be the whole sequence. A sink, zero or learned, is one more key of full weight.
     """
 
-    def of(layer: int) -> Callable[[AttentionCall], Tensor]:
+    def of(layer: int) -> Edit:
         def edit(call: AttentionCall) -> Tensor:
             (B, H, Q, _), K = call.query.shape, call.key.shape[2]
             groups = H // call.key.shape[1]
@@ -68,6 +67,9 @@ def factor_of(spans: Sequence[Sequence[tuple[int, int]]], T: int, alpha: float) 
         for start, end in each:
             row[start:end] = 1.0
     return out
+
+
+MASK = factor_of(SPANS, 40, 0.0).bool()
 
 
 def close(ours: Tensor, wanted: Tensor) -> None:
@@ -126,19 +128,19 @@ def test_prefill_and_decode_equal_literal_reweighting(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def official() -> tuple[PreTrainedModel, dict[str, np.ndarray], dict[str, tuple[dict, float]]]:
+def official() -> tuple[PreTrainedModel, dict[str, np.ndarray], list, dict]:
     model = AutoModelForCausalLM.from_pretrained(REFERENCE).eval()
     recorded = dict(np.load(REFERENCE / "pasta.npz"))
-    return model, recorded, json.loads(str(recorded["cases"]))
+    spans = [[tuple(span)] for span in recorded["spans"].tolist()]
+    return model, recorded, spans, json.loads(str(recorded["cases"]))
 
 
 @pytest.mark.parametrize("case", ["few", "all", "mild"])
 @torch.no_grad()
 def test_logits_and_greedy_tokens_equal_the_official_code_s(case: str, official: tuple) -> None:
-    model, recorded, cases = official
+    model, recorded, spans, cases = official
     heads, alpha = cases[case]
     ids = torch.from_numpy(recorded["ids"])
-    spans = [[tuple(span)] for span in recorded["spans"].tolist()]
     with emphasise(model, spans, heads, alpha=alpha):
         logits = model(ids).logits[:, recorded["at"]]
         made = model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None)
@@ -148,10 +150,9 @@ def test_logits_and_greedy_tokens_equal_the_official_code_s(case: str, official:
 
 @torch.no_grad()
 def test_left_padding_equals_the_official_code_s(official: tuple) -> None:
-    model, recorded, cases = official
+    model, recorded, spans, cases = official
     heads, alpha = cases["few"]
     ids, mask = (torch.from_numpy(recorded[key]) for key in ("ids_pad", "mask_pad"))
-    spans = [[tuple(span)] for span in recorded["spans"].tolist()]
     with emphasise(model, spans, heads, alpha=alpha):
         new = NEW | {"max_new_tokens": 16, "eos_token_id": None}
         made = model.generate(ids, attention_mask=mask, **new)
@@ -221,15 +222,6 @@ def test_half_precision_carries_log_alpha_through_prefill() -> None:
     assert abs(share[0, -1, 0, 0].item() - 1 / (1 + math.exp(13.75 - 13.78125))) < 0.003
 
 
-@pytest.mark.parametrize("Q", [1, 5])
-def test_the_arithmetic_leaves_its_call_as_it_was(Q: int) -> None:
-    q, k, v = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(0))
-    call = AttentionCall(nn.Module(), q[:, :, -Q:], k, v, None, 0.3, {})
-    before = dict(vars(call))
-    attend_biased(call, torch.ones(4, 1), torch.randn(2, 5))
-    assert all(vars(call)[name] is value for name, value in before.items())
-
-
 @torch.no_grad()
 def test_head_sizes_for_accelerators_compute_the_same(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
@@ -278,10 +270,8 @@ def test_a_sliding_window_that_has_dropped_keys_steers_those_left(name: str) -> 
 @torch.no_grad()
 def test_chunks_equal_one_forward_and_a_second_prompt_starts_anew(name: str) -> None:
     model, ids, other = tiny(name), tokens(2, 90), tokens(2, 90, seed=1)
-    mask = torch.zeros(2, 90, dtype=torch.bool)
-    mask[0, 3:9] = mask[1, 70:80] = True
     factor = factor_of([[(3, 9)], [(70, 80)]], 90, 0.01)
-    with emphasise(model, mask, HEADS):
+    with emphasise(model, factor == 1, HEADS):
         for prompt in (ids, other):
             cache = DynamicCache(config=model.config)
             chunks = [model(x, past_key_values=cache).logits for x in prompt.split(37, 1)]
@@ -292,11 +282,9 @@ def test_chunks_equal_one_forward_and_a_second_prompt_starts_anew(name: str) -> 
 
 @torch.no_grad()
 def test_a_mask_says_where_the_prompt_ends_and_the_answer_begins(llama: PreTrainedModel) -> None:
-    ids, mask = tokens(1, 10).repeat(1, 4), torch.zeros(1, 40, dtype=torch.bool)
-    mask[:, 3:9] = True
-    factor = factor_of([[(3, 9)]], 40, 0.01)
+    ids, factor = tokens(1, 10).repeat(1, 4), factor_of([[(3, 9)]], 40, 0.01)
     new = NEW | {"eos_token_id": None, "max_new_tokens": 12}
-    with emphasise(llama, mask, HEADS):
+    with emphasise(llama, factor == 1, HEADS):
         made = llama.generate(ids, **new)
         # Candidates, found at once in a prompt that repeats itself, come with the prompt.
         guessed = llama.generate(ids, prompt_lookup_num_tokens=3, **new)
@@ -310,12 +298,7 @@ def test_a_mask_says_where_the_prompt_ends_and_the_answer_begins(llama: PreTrain
 def test_without_a_cache_other_prompts_and_a_mask_s_replies_are_steered(
     llama: PreTrainedModel,
 ) -> None:
-    ids, mask, factor = (
-        tokens(2, 40),
-        torch.zeros(2, 40, dtype=torch.bool),
-        factor_of(SPANS, 40, 0.01),
-    )
-    mask[0, 3:9] = mask[1, 20:24] = mask[1, 30] = True
+    ids, mask, factor = tokens(2, 40), MASK, factor_of(SPANS, 40, 0.01)
     prompts = [ids[:, :36], tokens(2, 40, seed=1), ids[:, :36]]  # no one begins with the one before
     with emphasise(llama, SPANS, HEADS):
         with pytest.raises(IndexError):
@@ -332,11 +315,10 @@ def test_without_a_cache_other_prompts_and_a_mask_s_replies_are_steered(
 def test_dense_losses_are_steered_the_same_whatever_the_block(
     llama: PreTrainedModel, spans: object
 ) -> None:
-    ids, mask = tokens(1, 50), torch.zeros(1, 49, dtype=torch.bool)
-    mask[:, 3:9] = True
-    with emphasise(llama, mask if spans == "mask" else spans, HEADS):
+    ids, factor = tokens(1, 50), factor_of([[(3, 9)]], 49, 0.01)
+    with emphasise(llama, factor == 1 if spans == "mask" else spans, HEADS):
         losses = [token_losses(llama, ids, block=block) for block in (64, 48, 10, 5, 1)]
-    logits = without_cache(llama, ids[:, :-1], factor_of([[(3, 9)]], 49, 0.01))
+    logits = without_cache(llama, ids[:, :-1], factor)
     wanted = F.cross_entropy(logits[0], ids[0, 1:], reduction="none")[None]
     for found in losses:
         close(found, wanted)
@@ -380,12 +362,11 @@ def test_tokens_by_embedding_and_by_position_are_the_same(llama: PreTrainedModel
 @torch.no_grad()
 def test_several_spans_are_their_union_and_a_mask_says_the_same(llama: PreTrainedModel) -> None:
     # The official library multiplies the spans themselves by alpha once there are two of them.
-    ids, mask = tokens(2, 40), torch.zeros(2, 40, dtype=torch.bool)
-    mask[0, 3:9] = mask[1, 20:24] = mask[1, 30] = True
+    ids = tokens(2, 40)
     with emphasise(llama, SPANS, HEADS):
         union = llama(ids).logits
-    close(union, without_cache(llama, ids, mask + 0.01 * ~mask))
-    with emphasise(llama, mask, HEADS):
+    close(union, without_cache(llama, ids, factor_of(SPANS, 40, 0.01)))
+    with emphasise(llama, MASK, HEADS):
         assert torch.equal(llama(ids).logits, union)
     with emphasise(llama, [[(3, 7), (5, 9), (3, 4)], [(30, 31), (20, 24), (20, 24)]], HEADS):
         assert torch.equal(llama(ids).logits, union)

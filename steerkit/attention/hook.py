@@ -17,15 +17,14 @@ T tokens.
 
 import inspect
 import operator
-import re
 import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -164,14 +163,11 @@ def _attached(module: nn.Module, kind: str) -> Any:
     # The backward pass has threads of its own, in which checkpointed layers run once more.
     backward = torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1
     if not backward and thread != threading.get_ident():
-        raise ValueError(_THREADS)
+        raise ValueError(
+            "another thread has attached an edit or a recorder to this model: use a model in one "
+            "thread at a time, and enter the `with` in the thread that calls the model"
+        )
     return attached
-
-
-_THREADS = (
-    "another thread has attached an edit or a recorder to this model: use a model in one thread "
-    "at a time, and enter the `with` in the thread that calls the model"
-)
 
 
 def exact_parts(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -198,16 +194,14 @@ def use_attention_function(model: Model) -> Iterator[None]:
         return
     if config.is_encoder_decoder or not model._can_set_attn_implementation():
         raise ValueError(_OWN_CODE.format(type(model).__name__))
-    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    parts = {"": config} | {name: getattr(config, name, None) for name in config.sub_configs}
     previous = {name: part._attn_implementation for name, part in parts.items() if part is not None}
-    previous[""] = config._attn_implementation
     try:
         if model not in _CHECKED:
             _refuse_own_masks(model)
-        model.set_attn_implementation(ATTENTION_NAME)
-        if model not in _CHECKED:
             _refuse_uncomputed(model)
-        _CHECKED.add(model)
+            _CHECKED.add(model)
+        model.set_attn_implementation(ATTENTION_NAME)
         with model.register_forward_pre_hook(_refuse_weights, with_kwargs=True):
             yield
     finally:
@@ -250,6 +244,7 @@ def _refuse_uncomputed(model: Model) -> None:
     """ValueError unless learned sinks are all that keeps transformers from running it on SDPA."""
     if model._supports_sdpa:
         return
+    model.set_attn_implementation(ATTENTION_NAME)
     known = {*inspect.signature(sdpa_attention_forward).parameters, "s_aux"}
 
     def check(call: AttentionCall) -> Tensor:
@@ -285,10 +280,10 @@ def attach(model: Model, edits: Mapping[int, Edit]) -> Iterator[None]:
     False
     """
     calls = trace_attention(model)
-    by_module = {
-        calls[layer].module: edit
-        for layer, edit in zip(layer_numbers(model, edits), edits.values(), strict=True)
-    }
+    by_layer = {operator.index(layer): edit for layer, edit in edits.items()}
+    if unknown := sorted({*by_layer} - {*calls}):
+        raise ValueError(f"layers {unknown}: expected layers in {layers_of(model)}")
+    by_module = {calls[layer].module: edit for layer, edit in by_layer.items()}
     with use_attention_function(model), attach_to_modules(by_module):
         yield
 
@@ -339,7 +334,7 @@ def softmax_layers_only(model: Model) -> Iterator[list[int]]:
     calls: list[AttentionCall] = []
     _run_recorded(model, _ONE_TOKEN, calls.append)
     layers = [call.module.layer_idx for call in calls]
-    left_out = sorted({*range(layer_and_head_counts(model)[0])} - {*layers})
+    left_out = sorted({*layers_of(model)} - {*layers})
     if not layers or layers != sorted({*layers}):
         raise ValueError(
             f"{type(model).__name__}: softmax attention in layers {layers}: expected "
@@ -349,6 +344,15 @@ def softmax_layers_only(model: Model) -> Iterator[list[int]]:
         warnings.warn(f"layers {left_out} have no softmax attention and are left out", stacklevel=3)
     with attach_to_modules({model: layers}, _LAYERS):
         yield layers
+
+
+def layers_of(model: Model) -> Sequence[int]:
+    """Numbers of the model's layers; inside `softmax_layers_only` of those with softmax."""
+    return _attached(model, _LAYERS) or _every_layer(model)
+
+
+def _every_layer(model: Model) -> range:
+    return range(model.config.get_text_config().num_hidden_layers)
 
 
 def record_calls(
@@ -365,9 +369,7 @@ def record_calls(
     kernels, an edit that does not attend): it would be left out silently. `every_layer` raises it
     inside `softmax_layers_only` too.
     """
-    layers = range(model.config.get_text_config().num_hidden_layers)
-    if not every_layer:
-        layers = _attached(model, _LAYERS) or layers
+    layers = _every_layer(model) if every_layer else layers_of(model)
     modules: list[nn.Module] = []
 
     def number(call: AttentionCall) -> None:
@@ -421,106 +423,3 @@ def trace_attention(
     with use_attention_function(model), attach_to_modules(unchanged):
         record_calls(model, ids, calls.__setitem__, **inputs)
     return calls
-
-
-# Layers and heads
-
-
-class Head(NamedTuple):
-    """One attention head: `layer` and `index` count from 0, `index` counts *query* heads.
-
-    >>> from steerkit import Head
-    >>> str(Head(layer=2, index=3))
-    'L2H3'
-    """
-
-    layer: int
-    index: int
-
-    def __str__(self) -> str:
-        return f"L{self.layer}H{self.index}"
-
-
-Heads = Iterable[Any] | Mapping[Any, Iterable[int]] | str
-"""Heads as (layer, index), `Head`, "L2H3" or rows of an integer tensor or array (n,2); one of them
-alone; or the official head files' {"layer": [query heads]}."""
-
-
-def layer_and_head_counts(model: Model) -> tuple[int, int]:
-    """(L, H): layers, and query heads of each."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    if not isinstance(heads, int):
-        raise ValueError(
-            f"{type(model).__name__} has no one number of attention heads "
-            f"(num_attention_heads: {heads}); use an architecture with softmax attention throughout"
-        )
-    return config.num_hidden_layers, heads
-
-
-def heads_by_layer(model: Model, heads: Heads | None) -> dict[int, list[int]]:
-    """{layer: its query heads} of `heads`, None for all; each head once, layers in order."""
-    L, H = layer_and_head_counts(model)
-    layers = _attached(model, _LAYERS) or range(L)
-    if heads is None:
-        return {layer: list(range(H)) for layer in layers}
-    chosen: dict[int, list[int]] = {}
-    for head in sorted(set(_as_heads(heads))):
-        if not (0 <= head.layer < L and 0 <= head.index < H):
-            raise ValueError(f"{head}: expected 0 <= layer < {L} and 0 <= index < {H} query heads")
-        if head.layer not in layers:
-            raise ValueError(f"{head}: the layers with softmax attention are {layers}")
-        chosen.setdefault(head.layer, []).append(head.index)
-    if not chosen:
-        raise ValueError("no heads: give at least one (layer, head), or None for all heads")
-    return chosen
-
-
-def layer_numbers(model: Model, layers: Iterable[Any]) -> list[int]:
-    """Layers of a tensor, an array or any iterable of whole numbers, as ints."""
-    L, _ = layer_and_head_counts(model)
-    try:
-        numbers = [_whole(layer) for layer in _plain(layers)]
-    except TypeError:
-        raise ValueError(f"layers {_plain(layers)}: expected whole numbers below {L}") from None
-    if unknown := [layer for layer in numbers if not 0 <= layer < L]:
-        raise ValueError(f"layers {unknown}: expected 0 <= layer < {L}")
-    return numbers
-
-
-def _as_heads(heads: Heads) -> list[Head]:
-    """Every form of `Heads` as a list; ValueError for anything else."""
-    try:
-        if isinstance(heads, Mapping):
-            pairs = [(int(layer), index) for layer in heads for index in _plain(heads[layer])]
-        else:
-            pairs = [heads] if isinstance(heads, str) else list(_plain(heads))
-            if len(pairs) == 2 and not any(isinstance(_plain(x), Iterable) for x in pairs):
-                pairs = [pairs]  # one head, and not a list of heads
-        return [_as_head(pair) for pair in pairs]
-    except (TypeError, ValueError, AttributeError):
-        raise ValueError(
-            f"heads {_plain(heads)!r:.80}: expected (layer, index) pairs of whole numbers, a "
-            'tensor of them (n, 2), "L2H3", or {"layer": [query heads]}'
-        ) from None
-
-
-def _as_head(head: Any) -> Head:
-    if isinstance(head, str):
-        layer, index = map(int, re.fullmatch(r"L(\d+)H(\d+)", head).groups())
-    else:
-        layer, index = map(_whole, _plain(head))
-    return Head(layer, index)
-
-
-def _whole(number: Any) -> int:
-    """An int of any library's integer; TypeError for fractions, truth values and the rest."""
-    number = _plain(number)
-    if isinstance(number, bool):
-        raise TypeError
-    return operator.index(number)
-
-
-def _plain(numbers: Any) -> Any:
-    """Tensors and arrays as lists or numbers of Python: theirs hash by identity, not by value."""
-    return numbers.tolist() if hasattr(numbers, "tolist") else numbers

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steerkit.attention.hook import Heads, heads_by_layer, layer_and_head_counts
+from steerkit.attention.heads import Heads, heads_by_layer, layer_and_head_counts
 from steerkit.attention.record import WeightChunk, record_weights
 from steerkit.attention.rope import rope_kinds
 from steerkit.chat import check_ids
@@ -52,42 +52,40 @@ def attention_map(
         raise ValueError(f'reduce={reduce!r}: expected "max" or "mean"')
     if not (1 <= bins <= T and 0 <= skip < T):
         raise ValueError(f"bins={bins}, skip={skip}: expected 1 <= bins <= {T}, 0 <= skip < {T}")
-    chosen = heads_by_layer(model, heads)
-    edges, bin_of = bin_edges(T, bins), torch.arange(T) * bins // T
+    chosen, edges = heads_by_layer(model, heads), bin_edges(T, bins)
+    bin_of = torch.arange(T) * bins // T
     by_key, causal = torch.zeros(bins, T), True  # rows are binned at once, keys in the end
-    by_query = torch.zeros(T)  # the sink's
+    on_sink = torch.zeros(bins, 1)
+
+    def collect(cells: Tensor, weights: Tensor) -> None:  # (keys,), (heads,q,keys)
+        if reduce == "max":
+            torch.maximum(cells, weights.flatten(0, 1).amax(0).cpu(), out=cells)
+        else:
+            cells += weights.flatten(0, 1).sum(0).cpu()
 
     def record(chunk: WeightChunk) -> None:
         nonlocal causal
-        indices = chosen[chunk.layer]
-        weights = chunk.weights[0]
+        indices, weights = chosen[chunk.layer], chunk.weights[0]
         weights = weights if len(indices) == len(weights) else weights[indices]  # (heads,q,k)
-        if sink:
-            each, before = chunk.sink[0, indices].cpu(), by_query[chunk.queries]
-            by_query[chunk.queries] = (
-                torch.maximum(before, each.amax(0)) if reduce == "max" else before + each.sum(0)
-            )
+        rest = chunk.sink[0, indices, :, None] if sink else None  # (heads,q,1)
         if chunk.queries.start == 0:  # does the first query see later keys?
             causal &= not weights[:, 0, 1:].any()
         for row in range(bin_of[chunk.queries.start], bin_of[chunk.queries.stop - 1] + 1):
             first = max(0, edges[row] - chunk.queries.start)
-            part = weights[:, first : edges[row + 1] - chunk.queries.start]
-            cells = by_key[row, chunk.keys]
-            if reduce == "max":
-                torch.maximum(cells, part.flatten(0, 1).amax(0).cpu(), out=cells)
-            else:
-                cells += part.flatten(0, 1).sum(0).cpu()
+            queries = slice(first, edges[row + 1] - chunk.queries.start)
+            collect(by_key[row, chunk.keys], weights[:, queries])
+            if sink:
+                collect(on_sink[row], rest[:, queries])
 
     record_weights(model, ids, record, layers=chosen)
     by_key[:, :skip] = 0
     how = "amax" if reduce == "max" else "sum"
     cells = torch.zeros(bins, bins).scatter_reduce(1, bin_of.expand(bins, T), by_key, how)
-    column = torch.zeros(bins).scatter_reduce(0, bin_of, by_query, how)[:, None]
     if reduce == "mean":
         n = sum(map(len, chosen.values()))
-        column /= bin_of.bincount()[:, None] * n
+        on_sink /= bin_of.bincount()[:, None] * n
         cells = (cells.double() / (_pairs(T, bins, skip, causal) * n).clamp(min=1)).float()
-    return torch.cat([column, cells], dim=1) if sink else cells
+    return torch.cat([on_sink, cells], dim=1) if sink else cells
 
 
 def bin_edges(T: int, bins: int) -> list[int]:

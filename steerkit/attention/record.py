@@ -6,19 +6,14 @@ positions, q the queries of one chunk, D head size, T tokens.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from steerkit.attention.hook import (
-    AttentionCall,
-    heads_by_layer,
-    layer_and_head_counts,
-    layer_numbers,
-    record_calls,
-)
+from steerkit.attention.heads import layer_and_head_counts
+from steerkit.attention.hook import AttentionCall, layers_of, record_calls
 from steerkit.chat import check_ids
 from steerkit.models import Model
 
@@ -49,18 +44,16 @@ def record_weights(
     ids: Tensor,
     record: Callable[[WeightChunk], None],
     *,
-    layers: Collection[int] | None = None,
+    layers: Container[int] | None = None,
 ) -> None:
     """One forward over `ids` (B,T): `record` sees the weights of `layers`, by default of all.
 
     Chunks come layer by layer and query by query; one chunk is held at a time.
     """
     check_ids(model, ids)
-    chosen = range(layer_and_head_counts(model)[0]) if layers is None else layers
-    chosen = set(layer_numbers(model, chosen))
 
     def record_call(layer: int, call: AttentionCall) -> None:
-        if layer in chosen:
+        if layers is None or layer in layers:
             for chunk in _weight_chunks(call):
                 record(WeightChunk(layer, *chunk))
 
@@ -186,7 +179,7 @@ def sink_metric(
             f"eps={eps}, k={k}, tokens={tokens}: expected 0 < eps < 1 (0.3 in the paper) and "
             f"k < tokens <= {ids.shape[-1]}, the length of ids"
         )
-    mean = mean_weight_on_key(model, ids[:, :tokens], k=k)[:, list(heads_by_layer(model, None))]
+    mean = mean_weight_on_key(model, ids[:, :tokens], k=k)[:, list(layers_of(model))]
     return (mean > eps).float().mean().item()
 
 

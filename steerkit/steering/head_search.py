@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from steerkit.attention.hook import Head, Heads, heads_by_layer, layer_and_head_counts
+from steerkit.attention.heads import Head, Heads, heads_by_layer, layer_and_head_counts
 from steerkit.files import read_json, write_text
 from steerkit.models import Model
 from steerkit.steering.pasta import check_alpha, emphasise
@@ -103,10 +103,9 @@ def _empty_table(model: Model, prompts: Prompts, alpha: float, task: str = "") -
         if not answer:
             raise ValueError(f"prompt {i} has no answer: give one, or score with score_heads_by")
 
-    N = len(prompts)
-    about = {"model": model.name_or_path, "task": task, "alpha": alpha, "prompts": N}
-    scores = torch.full((N, *layer_and_head_counts(model)), torch.nan)
-    return HeadTable(scores, torch.full((N,), torch.nan), about)
+    about = {"model": model.name_or_path, "task": task, "alpha": alpha, "prompts": len(prompts)}
+    scores = torch.full((len(prompts), *layer_and_head_counts(model)), torch.nan)
+    return HeadTable(scores, torch.full((len(prompts),), torch.nan), about)
 
 
 # --- Algorithm 1 -------------------------------------------------------------------------------

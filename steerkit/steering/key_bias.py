@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steerkit.attention import hook
-from steerkit.attention.hook import AttentionCall, Heads, heads_by_layer
+from steerkit.attention.heads import Heads, heads_by_layer
+from steerkit.attention.hook import AttentionCall
 from steerkit.models import Model
 from steerkit.spans import Spans, span_mask
 

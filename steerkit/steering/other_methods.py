@@ -20,7 +20,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from steerkit.attention.hook import AttentionCall, Heads
+from steerkit.attention.heads import Heads
+from steerkit.attention.hook import AttentionCall
 from steerkit.models import Model
 from steerkit.spans import Spans
 from steerkit.steering.key_bias import Strength, key_bias, number

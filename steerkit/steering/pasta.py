@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from steerkit.attention.hook import Heads
+from steerkit.attention.heads import Heads
 from steerkit.models import Model
 from steerkit.spans import Spans
 from steerkit.steering.key_bias import key_bias, number

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from steerkit.attention import hook
-from steerkit.attention.hook import AttentionCall, Head
+from steerkit.attention.heads import Head
+from steerkit.attention.hook import AttentionCall
 from steerkit.models import Model
 from steerkit.steering.key_bias import attend_biased
 from steerkit.steering.pasta import log_weights
@@ -119,13 +120,12 @@ class PromptBatch:
             scores.append(self._scores(switch, steered).view(-1, C).cpu())
         return torch.cat(scores, dim=1)
 
+    @torch.enable_grad()
     def slopes(self) -> Tensor:
         """d score / d switch of every head, where no head is steered -> (B,L,H)."""
         switch = self._switch(1).requires_grad_()
-        with torch.enable_grad():
-            scores = self._scores(switch, range(len(self.calls)))
-            (slopes,) = torch.autograd.grad(scores.sum(), switch)
-        return slopes.transpose(0, 1).cpu()
+        scores = self._scores(switch, range(len(self.calls)))
+        return torch.autograd.grad(scores.sum(), switch)[0].transpose(0, 1).cpu()
 
     def _switch(self, C: int) -> Tensor:
         return torch.zeros(len(self.calls), len(self.ids) * C, self.heads, device=self.ids.device)

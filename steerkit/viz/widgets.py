@@ -5,15 +5,14 @@ each move of a control draws the page again, in its place.
 """
 
 import html
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import product
+from collections.abc import Callable, Mapping, Sequence
 
 import ipywidgets
 import matplotlib.pyplot as plt
 import torch
 from IPython.display import HTML, display
 
-from steerkit.attention.hook import layer_and_head_counts
+from steerkit.attention.heads import layer_and_head_counts
 from steerkit.attention.maps import attention_map, attention_received, span_share
 from steerkit.chat import Message, prompt_ids, reply
 from steerkit.models import Model, Tokenizer
@@ -68,7 +67,7 @@ def explore_attention(
     def draw(layer: int | str, head: int | str, turn: int, reduce: str, skip: int) -> str:
         layers = range(L) if layer == "all" else [layer]
         heads = range(H) if head == "all" else [head]
-        chosen = {"reduce": reduce, "heads": list(product(layers, heads))}
+        chosen = {"reduce": reduce, "heads": [(x, y) for x in layers for y in heads]}
         _, ax = plt.subplots(figsize=(8.5, 6.2))
         heat_map(ax, attention_map(model, ids, bins=bins, skip=skip, **chosen))
         mark_turns(ax, turns, binned_text(texts, bins))
@@ -118,7 +117,9 @@ def explore_steering(
         columns = [column("plain")]
         with emphasise(model, [spans], chosen, alpha=alpha):
             columns.append(column(f"steered, alpha {alpha:.3g}"))
-        return _table(zip(*columns, strict=True))
+        rows = zip(*columns, strict=True)
+        cells = ("".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows)
+        return f"<table><tr>{'</tr><tr>'.join(cells)}</tr></table>"
 
     controls = {
         "prompt": ipywidgets.Textarea(prompt, layout={"width": "95%", "height": "5em"}),
@@ -127,9 +128,3 @@ def explore_steering(
         "heads": ipywidgets.Dropdown(options=list(head_sets)),
     }
     explore(draw, controls)
-
-
-def _table(rows: Iterable[Sequence[str]]) -> str:
-    """An HTML table of texts."""
-    cells = ("".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows)
-    return f"<table><tr>{'</tr><tr>'.join(cells)}</tr></table>"
