@@ -1,8 +1,8 @@
 """The four tasks: what is drawn, the metrics by hand, other ways to ask, real files."""
 
-import json
 import math
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -65,18 +65,14 @@ def test_the_right_answer_is_right_by_every_metric_and_an_empty_reply_by_no_stri
 @EVERY
 def test_profiling_and_test_examples_share_nothing_that_is_asked(name):
     drawn = {s: TASKS[name].examples(200, seed=0, split=s) for s in ("profile", "test")}
-    asked = {s: {e.messages[-1].content for e in rows} for s, rows in drawn.items()}
-    assert not asked["profile"] & asked["test"]
-    # Beyond the wording: no stranger of the one is in the other, no memorised fact, no sentence.
-    if name == "pronouns":
-        sentences = {s: {e.source.split(maxsplit=1)[1] for e in rows} for s, rows in drawn.items()}
-        assert not sentences["profile"] & sentences["test"]
-    if name == "biasbios":
-        people = {s: {e.kept[0] for e in rows} for s, rows in drawn.items()}
-        assert not people["profile"] & people["test"]
-    if name == "counterfact":
-        facts = {s: {(e.kept[0], e.candidates[1]) for e in rows} for s, rows in drawn.items()}
-        assert not facts["profile"] & facts["test"]
+    seen = {
+        "json": lambda e: e.messages[-1].content,
+        "pronouns": lambda e: e.source.split(maxsplit=1)[1],  # the sentence
+        "biasbios": lambda e: e.kept[0],  # the stranger
+        "counterfact": lambda e: (e.kept[0], e.candidates[1]),  # the memorised fact
+    }[name]
+    profile, test = ({seen(e) for e in rows} for rows in drawn.values())
+    assert not profile & test
 
 
 @EVERY
@@ -93,11 +89,8 @@ def test_nothing_competes_in_the_easy_form(name):
 @FORMS
 def test_each_span_is_found_in_its_prompt(tiny, name, conflict):
     _, tokenizer = tiny
-    for e, p in zip(
-        rows := TASKS[name].examples(20, seed=3, conflict=conflict),
-        to_prompts(tokenizer, rows),
-        strict=True,
-    ):
+    rows = TASKS[name].examples(20, seed=3, conflict=conflict)
+    for e, p in zip(rows, to_prompts(tokenizer, rows), strict=True):
         ((start, end),) = p.spans
         assert tokenizer.decode(p.ids[start:end]).strip() == e.span
         assert tokenizer.decode(p.answer) == e.answer + tokenizer.eos_token
@@ -181,9 +174,8 @@ def test_wilsons_interval_holds_the_chance_and_is_open_at_the_ends():
 def test_marks_stand_around_the_span_in_the_prompt_and_its_paraphrases():
     e = TASKS["counterfact"].examples(1, seed=0)[0]
     m = marked(e, '"')
-    for before, after in zip(
-        (e.messages, *e.paraphrases), (m.messages, *m.paraphrases), strict=True
-    ):
+    asked, marks = (e.messages, *e.paraphrases), (m.messages, *m.paraphrases)
+    for before, after in zip(asked, marks, strict=True):
         assert after[-1].content == before[-1].content.replace(e.span, f'"{e.span}"')
     assert m.span == f'"{e.span}"'
 
@@ -193,9 +185,8 @@ def test_few_shots_are_whole_exchanges_in_front_of_the_question(name):
     e, *shots = TASKS[name].examples(4, seed=0)
     f = few_shot(e, shots)
     assert f.messages[-1] == e.messages[-1]
-    assert [m for m in f.messages if m.role == "system"] == [
-        m for m in e.messages if m.role == "system"
-    ]
+    systems, own = ([m for m in x.messages if m.role == "system"] for x in (f, e))
+    assert systems == own
     assert all(m.role != "system" for m in f.messages[1:])
     spoken = [m.role for m in f.messages if m.role != "system"]
     assert spoken == ["user", "assistant"] * (len(spoken) // 2) + ["user"]
@@ -230,12 +221,8 @@ def test_compare_is_the_loop_over_single_prompts(tiny, steer):
         start, end = find_span(tokenizer, e.messages, e.span)
         inside[0, start:end] = True
         inside[0, len(asked) :] = True  # what is generated keeps its weight
-        with torch.no_grad():
-            if steer is None:
-                logits = model(input_ids=ids).logits
-            else:
-                with steer(model, inside):
-                    logits = model(input_ids=ids, use_cache=False).logits
+        with torch.no_grad(), steer(model, inside) if steer else nullcontext():
+            logits = model(input_ids=ids, use_cache=False).logits
         words = {c: logits[0, -1, tokenizer(" " + c)["input_ids"][0]].item() for c in e.candidates}
         expected.append(float(max(words, key=words.get) == e.value))
     assert compare(model, tokenizer, examples, steer=steer).tolist() == expected
@@ -290,14 +277,6 @@ def test_biographies_become_examples(name):
         assert task.strict('{"name": "Ida Fox", "occupation": "nurse"}', ida) == 1
     if name == "pronouns":
         assert task.strict("Ida Fox is a nurse. They like soup.", ida) == 1
-
-
-def test_the_records_of_a_file_come_from_datasets(tmp_path):
-    datasets = pytest.importorskip("datasets")
-    path = tmp_path / "bios.jsonl"
-    path.write_text("\n".join(json.dumps(record) for record in BIOS))
-    records = datasets.load_dataset("json", data_files=str(path), split="train")
-    assert load_task(TASKS["json"], records)[1] == load_task(TASKS["json"], BIOS)[1]
 
 
 def test_counterfactuals_become_examples(tiny):

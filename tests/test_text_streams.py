@@ -24,7 +24,7 @@ def test_a_file_is_read_as_its_text_would_be(tiny, tmp_path: Path):
     [
         (None, "No such file"),
         (b"", r"\d tokens, expected at least 50"),
-        ("über".encode("latin-1"), "not UTF-8"),
+        ("über".encode("latin-1"), "give the path of a text file in UTF-8"),
     ],
 )
 def test_a_file_that_cannot_be_read_gets_one_clear_line(tiny, tmp_path: Path, content, message):

@@ -132,7 +132,6 @@ def test_steering_explorer_shows_both_replies_and_the_share_it_raised(
     assert same.count(f"{share:.3f} of attention") == 2 and same.count(html.escape(plain)) == 2
     screen.controls["phrase"].value = "Hobby: tennis."
     assert "ValueError: " in screen.pages[-1] and "is not in the prompt" in screen.pages[-1]
-    assert "<td>&lt;b&gt;</td>" in widgets._table([["plain", "<b>"]])
 
 
 def test_a_dialogue_without_replies_is_refused(tiny: Tiny) -> None:

@@ -326,9 +326,8 @@ def compare(
     preferred = torch.zeros(len(single))
     for batch in batches(tokenizer, ids, 64):
         found, _ = span_mask(batch.move(spans))
-        inside = torch.zeros(
-            batch.inputs["input_ids"].shape, dtype=torch.bool
-        )  # to the prompt's end
+        # A mask as wide as the prompts: so what comes after them is treated as generated.
+        inside = torch.zeros_like(batch.inputs["input_ids"], dtype=torch.bool)
         inside[:, : found.shape[1]] = found
         with steer(model, inside) if steer else nullcontext():
             chosen = [single[i] for i in batch.indices]
@@ -341,7 +340,7 @@ def _preferred(model: Model, tokenizer: Tokenizer, examples: Examples, prompts: 
     """1 where the value's first token has the largest logit of all candidates': (B,).
 
     One forward over the prompts, padded on the left, and the answers up to the value, padded on the
-    right. So all prompts end at the same token, and what follows is treated as generated.
+    right: all prompts end at the same token.
     """
     said = [e.answer[: e.answer.rindex(e.value)] for e in examples]
     before = [torch.tensor(_plain_ids(tokenizer, x.rstrip()), dtype=torch.long) for x in said]

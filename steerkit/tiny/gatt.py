@@ -147,11 +147,10 @@ def mixed_plans(n: int, *, turns: int, seed: str) -> list[Plan]:
     per_family = -(-n // len(FAMILIES))
     drawn = [Constraint(f, rng.choice(values(f))) for f in FAMILIES for _ in range(per_family)]
     rng.shuffle(drawn)
-    plans = []
-    for c in drawn[:n]:
-        instruction = instruct(rng, [c])
-        plans.append(Plan((c,), instruction, tuple(question_for(rng, [c]) for _ in range(turns))))
-    return plans
+    return [
+        Plan((c,), instruct(rng, [c]), tuple(question_for(rng, [c]) for _ in range(turns)))
+        for c in drawn[:n]
+    ]
 
 
 # Forced histories: replies written by us instead of the model
@@ -193,13 +192,8 @@ def world_reply(plan: Plan, turn: int, constraints: Sequence[Constraint]) -> str
     return answer(q.subject, q.attribute, q.value, constraints)
 
 
-HISTORIES = {
-    "own": None,  # the model's replies stay
-    "neutral": neutral,
-    "competing": competing,
-    "stops": stops,
-    "mixed": mixed,
-}
+# With "own" the model's replies stay.
+HISTORIES = {"own": None} | {f.__name__: f for f in (neutral, competing, stops, mixed)}
 
 
 # Measurements

@@ -5,7 +5,7 @@ Each stream begins with the tokenizer's first token: the models never saw a text
 
 import random
 from collections.abc import Iterable
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 import torch
@@ -42,12 +42,8 @@ def file_stream(
         with Path(path).open(encoding="utf-8-sig") as file:
             # A log may be larger than memory. In no language has a token 32 letters on average.
             text = file.read(32 * tokens)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; give the path of a text file") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 ({error.reason} near byte {error.start}); convert it first"
-        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}; give the path of a text file in UTF-8") from error
     ids = text_stream(tokenizer, text, tokens)
     if len(ids) < least:
         raise ValueError(f"{path}: {len(ids)} tokens, expected at least {least}; take a longer one")
@@ -77,12 +73,9 @@ def talk_stream(tokenizer: Tokenizer, tokens: int, *, seed: str = "") -> list[in
 
 def endless_stream(tokenizer: Tokenizer, texts: Iterable[str], tokens: int) -> list[int]:
     """The first `tokens` ids of endless texts."""
-    ids = text_stream(tokenizer, "", tokens)
-    for text in texts:
-        if len(ids) >= tokens:
-            break
-        ids += tokenizer(text + "<|eos|>", add_special_tokens=False)["input_ids"]
-    return ids[:tokens]
+    each = (tokenizer(text + "<|eos|>", add_special_tokens=False)["input_ids"] for text in texts)
+    endless = chain(text_stream(tokenizer, ""), chain.from_iterable(each))
+    return list(islice(endless, tokens))
 
 
 def small_talk(rng: random.Random) -> str:

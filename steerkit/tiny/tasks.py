@@ -25,8 +25,7 @@ def _json(rng: random.Random, conflict: bool, split: str) -> Example:
     """A biography to be read; JSON is asked for, and in conflict a form that JSON excludes."""
     who, instruction, rival = _someone(rng, split), instruct(rng, [JSON]), []
     if conflict:
-        family = rng.choice(["capitals", "emoji"])
-        rival = [instruct(rng, [Constraint(family, rng.choice(values(family)))])]
+        rival = [instruct(rng, [_form(rng, ["capitals", "emoji"])])]
     attribute, *others = rng.sample(ATTRIBUTES, 3)
     sentences = [say(who.name, a, who.facts[a]) for a in (attribute, *others)]
     instructions = _shuffled(rng, [instruction, *rival])
@@ -66,7 +65,8 @@ def _biography(rng: random.Random, conflict: bool, split: str) -> Example:
     body = " ".join([instruct(rng, forms), *_shuffled(rng, sentences)])
     example = _asked(rng, who.name, attribute, span, body, forms)
     right = answer(who.name, attribute, value, forms)
-    return example._replace(answer=right, value=value, candidates=tuple(_values(attribute)))
+    candidates = tuple(TABLES["attributes"][attribute]["values"])
+    return example._replace(answer=right, value=value, candidates=candidates)
 
 
 def _counterfact(rng: random.Random, conflict: bool, split: str) -> Example:
@@ -91,10 +91,6 @@ def _asked(
     first, *others = [(Message("user", f"{body} {text.format(n=name)}"),) for text in questions]
     kept = (name, *(c.value for c in forms))
     return Example(first, span, "", "", kept=kept, paraphrases=tuple(others))
-
-
-def _values(attribute: str) -> list[str]:
-    return TABLES["attributes"][attribute]["values"]
 
 
 def _split(key: str) -> str:
@@ -129,7 +125,7 @@ def _forms(rng: random.Random) -> list[Constraint]:
 
 
 def _other(rng: random.Random, attribute: str, value: str) -> str:
-    return rng.choice([v for v in _values(attribute) if v != value])
+    return rng.choice([v for v in TABLES["attributes"][attribute]["values"] if v != value])
 
 
 def _shuffled(rng: random.Random, items: Sequence[str]) -> list[str]:

@@ -33,12 +33,12 @@ def token_texts(tokenizer: Tokenizer, ids: Any) -> list[str]:
 
 
 def attention_page(
-    texts: Sequence[str], values: Any, turns: Sequence[Turn] = (), *, title: str, top: float = 0.0
+    texts: Sequence[str], values: Any, turns: Sequence[Turn] = (), *, title: str
 ) -> str:
     """HTML: one paragraph per message, tokens shaded by values (T,), with the number on hover.
 
-    `texts` (T,) are the tokens, `title` says what is shown, `top` is the darkest shade's value (0:
-    the largest one). About 60 bytes and the text for each token.
+    `texts` (T,) are the tokens, `title` says what is shown; the largest value is the darkest. About
+    60 bytes and the text for each token.
     """
     v = torch.as_tensor(values).flatten().tolist()
     if min(v) < 0:  # it would be shaded like a large one
@@ -46,7 +46,7 @@ def attention_page(
     turns = turns or [Turn(0, "", 0, len(texts))]
     if (end := turns[-1].end) != len(texts):
         raise ValueError(f"turns of {end} tokens, a text of {len(texts)}: not the same text")
-    top = top or max(v) or 1.0
+    top = max(v) or 1.0
     tokens = [_token(text, value, top) for text, value in zip(texts, v, strict=True)]
     steps = range(len(_SHADES))
     legend = "".join(_token("  ", n * top / steps[-1], top) for n in steps)
@@ -61,7 +61,7 @@ def mask_page(tokenizer: Tokenizer, row: Mapping[str, Sequence[int]]) -> str:
     """HTML of one tokenised training row: tokens that carry loss (label not -100) are dark."""
     carries_loss = [float(label != -100) for label in row["labels"]]
     texts = token_texts(tokenizer, row["input_ids"])
-    return attention_page(texts, carries_loss, title="which tokens carry loss: 0 no, 1 yes", top=1)
+    return attention_page(texts, carries_loss, title="which tokens carry loss: 0 no, 1 yes")
 
 
 def _token(text: str, value: float, top: float) -> str:
