@@ -29,6 +29,7 @@ LARGE = {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 
 
 
 def random_model(large: bool) -> PreTrainedModel:
+    """A Llama of 7B, or a small one, on the GPU if there is one."""
     torch.manual_seed(0)
     heads = {"num_attention_heads": 32 if large else 4, "max_position_embeddings": 32_768}
     config = LlamaConfig(
@@ -57,22 +58,26 @@ def latency(model: PreTrainedModel, cache: int) -> Row:
 
 
 def perplexity(model: PreTrainedModel, window: int, ids: Tensor) -> Row:
-    cache, tokens = SinkCache(model, sinks=4, window=window), 16
+    """Losses of a stream, read in blocks or token by token, on a cache that is full."""
+    cache = SinkCache(model, sinks=4, window=window)
     token_losses(model, ids[:, : window + 300], cache=cache)  # full from here on
-    one_by_one = lambda: token_losses(model, ids[:, : tokens + 1], cache=cache, block=1)  # noqa: E731
-    block = min(1024, ids.shape[1] - 1)
-    blocks = lambda: token_losses(model, ids[:, : block + 1], cache=cache, block=block)  # noqa: E731
-    seconds = interleaved({"one": one_by_one, "blocks": blocks}, repeats=5)
-    ratio = (seconds["one"] / tokens) / (seconds["blocks"] / block)
-    how = f"{tokens / seconds['one']:,.0f} -> {block / seconds['blocks']:,.0f} tokens/s"
+    few, block = 16, min(1024, ids.shape[1] - 1)
+    steps = {
+        "one by one": lambda: token_losses(model, ids[:, : few + 1], cache=cache, block=1),
+        "blocks": lambda: token_losses(model, ids[:, : block + 1], cache=cache, block=block),
+    }
+    seconds = interleaved(steps, repeats=5)
+    slow, fast = few / seconds["one by one"], block / seconds["blocks"]
+    ratio, how = fast / slow, f"{slow:,.0f} -> {fast:,.0f} tokens/s"
     return Row(f"perplexity, cache 4+{window:,}, over one by one", ratio, goal=">= 100x", how=how)
 
 
 def steering(model: PreTrainedModel, ids: Tensor) -> Row:
-    half = [(layer, h) for layer in range(model.config.num_hidden_layers) for h in range(0, 4, 2)]
+    """One prompt, two heads of each layer steered."""
+    heads = [(layer, head) for layer in range(model.config.num_hidden_layers) for head in (0, 2)]
 
     def steered() -> None:
-        with emphasise(model, [[(8, 40)]], half):
+        with emphasise(model, [[(8, 40)]], heads):
             model(ids, use_cache=False, logits_to_keep=1)
 
     steps = {"plain": lambda: model(ids, use_cache=False, logits_to_keep=1), "steered": steered}
@@ -83,7 +88,8 @@ def steering(model: PreTrainedModel, ids: Tensor) -> Row:
 
 
 def heat_map(model: PreTrainedModel, ids: Tensor) -> Iterator[Row]:
-    gib()
+    """The map's time and memory; then the weights themselves, against those of eager attention."""
+    gib()  # from here on
     steps = {
         "plain": lambda: model.base_model(ids, use_cache=False),
         "map": lambda: attention_map(model, ids, bins=48),

@@ -47,12 +47,9 @@ def test_the_python_range_is_the_same_everywhere():
     )
     assert f"python{PROJECT['requires-python']}" in ENVIRONMENT["dependencies"]
     assert f"{low} <= sys.version_info[:2] < {high}" in MAKEFILE
-    named = {f"3.{minor}" for minor in range(low[1], high[1])}
-    assert (
-        set(re.findall(r"python(3\.\d+)", re.search(r"for python in (.+);", MAKEFILE)[1])) == named
-    )
-    readme = (ROOT / "README.md").read_text()
-    assert named <= set(re.findall(r"3\.\d+", readme))
+    named = [f"3.{minor}" for minor in range(low[1], high[1])]
+    tried = re.search(r"for python in (.+);", MAKEFILE)[1]
+    assert sorted(re.findall(r"python(3\.\d+)", tried)) == named
 
 
 def test_every_dependency_of_every_extra_is_pinned_in_its_range():
@@ -104,10 +101,7 @@ def test_documents_name_files_that_exist(name):
     assert links or named
 
 
-def test_the_changelog_begins_with_what_comes_next_and_holds_the_version():
-    text = (ROOT / "CHANGELOG.md").read_text()
-    heads = re.findall(r"^## (\d+\.\d+\.\d+), (unreleased|\d{4}-\d\d-\d\d)$", text, re.MULTILINE)
-    numbers = [tuple(map(int, version.split("."))) for version, _ in heads]
-    assert len(heads) == text.count("\n## ") and numbers == sorted(set(numbers), reverse=True)
+def test_the_version_is_the_same_everywhere():
+    headings = re.findall(r"^## (\S+), ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert PROJECT["version"] == citation["version"] in [version for version, _ in heads]
+    assert PROJECT["version"] == citation["version"] in headings

@@ -1,6 +1,5 @@
 """Student copies have no solutions, and their checks tell right, wrong and not done apart."""
 
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -132,28 +131,18 @@ def test_the_copy_keeps_what_is_given_and_folds_the_hint(notebook):
     )
 
 
-def edit(cell: int, old: str, new: str) -> Callable[[NotebookNode], None]:
-    def change(notebook: NotebookNode) -> None:
-        source = notebook.cells[cell].source
-        assert old in source
-        notebook.cells[cell].source = source.replace(old, new)
-
-    return change
-
-
 @pytest.mark.parametrize(
-    ("change", "number"),
+    ("cell", "old", "new", "number"),
     [
-        (lambda n: n.cells.pop(2), 1),
-        (edit(2, "*Hint", "Hint"), 1),
-        (edit(4, "**2 ", "**3 "), 2),
-        (edit(3, "# Solution", "# So"), 1),
-        (edit(3, "(1, answer)", "(1)"), 1),
-        (edit(3, "exercise(1", "exercise(2"), 1),
+        (2, "*Hint", "Hint", 1),
+        (4, "**2 ", "**3 ", 2),
+        (3, "# Solution", "# So", 1),
+        (3, "(1, answer)", "(1)", 1),
+        (3, "exercise(1", "exercise(2", 1),
     ],
 )
-def test_a_malformed_exercise_is_named(notebook, change, number):
-    change(notebook)
+def test_a_malformed_exercise_is_named(notebook, cell, old, new, number):
+    notebook.cells[cell].source = notebook.cells[cell].source.replace(old, new)
     with pytest.raises(ValueError, match=rf"exercise {number}: expected above it .* in it"):
         student_copy(notebook)
 
