@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_attention import state_of
-from test_pasta import HEADS, MASK, NEW, SPANS, close
+from test_pasta import HEADS, MASK, NEW, PADDED, SPANS, close
 from tiny_models import tiny, tokens
 from torch import Tensor
 
@@ -99,12 +99,10 @@ def test_each_relative_equals_its_formula_in_prefill_and_decode(
     name: str, relative: str, heads: list[Head] | None
 ) -> None:
     model, ids = tiny(name, sharpen=2.0), tokens(2, 40)
-    padding = torch.ones_like(ids)
-    padding[1, :5] = 0
     steer, change = RELATIVES[relative]
 
     def run() -> tuple[Tensor, Tensor, Tensor]:
-        made = model.generate(ids, attention_mask=padding, **NEW)
+        made = model.generate(ids, attention_mask=PADDED, **NEW)
         return model(ids).logits, torch.stack(made.logits), made.sequences
 
     plain = run()
@@ -138,10 +136,8 @@ def test_the_degenerate_case_is_bit_equal_to_plain(steer: Method) -> None:
 @pytest.mark.parametrize("relative", RELATIVES)
 def test_verify_proves_that_steering_is_on_and_exact(name: str, relative: str) -> None:
     model, ids = tiny(name, sharpen=2.0), tokens(2, 40)
-    mask = torch.ones_like(ids)
-    mask[1, :5] = 0
     steering = RELATIVES[relative][0](model, SPANS, heads=HEADS)
-    found = verify(model, ids, steering, attention_mask=mask)
+    found = verify(model, ids, steering, attention_mask=PADDED)
     assert found.error < 1e-4 < 1e-2 < found.effect
 
 

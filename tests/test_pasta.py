@@ -70,6 +70,8 @@ def factor_of(spans: Sequence[Sequence[tuple[int, int]]], T: int, alpha: float) 
 
 
 MASK = factor_of(SPANS, 40, 0.0).bool()
+PADDED = torch.ones(2, 40, dtype=torch.long)  # as an attention mask
+PADDED[1, :5] = 0
 
 
 def close(ours: Tensor, wanted: Tensor) -> None:
@@ -111,17 +113,15 @@ def check_generated(
 @torch.no_grad()
 def test_prefill_and_decode_equal_literal_reweighting(name: str) -> None:
     model, ids = tiny(name), tokens(2, 40)
-    padding, before = torch.ones_like(ids), state_of(model)
-    padding[1, :5] = 0
-    factor = factor_of(SPANS, 40, 0.01)
+    before, factor = state_of(model), factor_of(SPANS, 40, 0.01)
     with emphasise(model, SPANS, HEADS):
         ours = model(ids).logits
         made = model.generate(ids, **NEW)
-        made_padded = model.generate(ids, attention_mask=padding, **NEW)
+        made_padded = model.generate(ids, attention_mask=PADDED, **NEW)
     wanted = without_cache(model, ids, factor)
     close(ours, wanted)
     check_generated(model, made, factor)
-    check_generated(model, made_padded, factor, padding)
+    check_generated(model, made_padded, factor, PADDED)
     assert torch.equal(made.sequences[:, 40], wanted[:, -1].argmax(-1))  # greedy, and steered
     assert (model(ids).logits - wanted).abs().max() > 0.05
     assert state_of(model) == before
@@ -164,12 +164,10 @@ def test_left_padding_equals_the_official_code_s(official: tuple) -> None:
 @torch.no_grad()
 def test_alpha_1_is_bit_equal_to_plain(name: str) -> None:
     model, ids = tiny(name), tokens(2, 40)
-    padding = torch.ones_like(ids)
-    padding[1, :5] = 0
-    plain = model(ids).logits, model.generate(ids, attention_mask=padding, **NEW)
+    plain = model(ids).logits, model.generate(ids, attention_mask=PADDED, **NEW)
     with emphasise(model, SPANS, HEADS, alpha=1.0):
         assert torch.equal(model(ids).logits, plain[0])
-        made = model.generate(ids, attention_mask=padding, **NEW)
+        made = model.generate(ids, attention_mask=PADDED, **NEW)
     assert torch.equal(made.sequences, plain[1].sequences)
     assert torch.equal(torch.stack(made.logits), torch.stack(plain[1].logits))
 
