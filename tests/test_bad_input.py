@@ -19,7 +19,7 @@ from steerkit import SinkCache, recomputed_losses, results, statistics, token_lo
 from steerkit.attention import maps, record
 from steerkit.attention.hook import attach
 from steerkit.chat import BatchedChat
-from steerkit.constraints import OwnConstraint, Probe
+from steerkit.constraints import Constraint, OwnConstraint, Probe, values
 from steerkit.gatt.dialogues import Plan, sample_dialogues
 from steerkit.gatt.evaluation import adherence_by_turn
 from steerkit.steering.head_search import score_heads
@@ -112,7 +112,7 @@ ROWS: list[Row] = [
     (load(dtype="int8"), r"tiny, .* cannot be loaded \(.*dtype"),
     # Attention
     (lambda k: attach(k.model, {6: lambda call: call.attend()}).__enter__(),
-     r"layers \[6\]: expected layers in range\(0, 6\)"),
+     r"layers \[6\]: expected ints in range\(0, 6\)"),
     (lambda k: record.attention_weights(k.model, torch.zeros(1, 10**5, dtype=torch.long)),
      "100000 tokens have .* weights"),
     (lambda k: record.mean_weight_on_key(k.model, k.ids, k=32), "k=32.* < 32 tokens"),
@@ -150,6 +150,8 @@ ROWS: list[Row] = [
     (lambda k: adherence_by_turn(k.model, k.tokenizer, [Plan((), "", ["Hi."])], probe_turns=[0]),
      "probe_turns=0: expected a whole number of 1"),
     (lambda k: Plan((len,), " ", ["Hi."]), "the instruction is empty"),
+    (lambda k: values("haiku"), '"haiku" is no family of a table "world"; .*hobby'),
+    (lambda k: Constraint("hobby", "x", "nowhere").obeyed("Hi."), 'of a table "nowhere"; .*world'),
     # Pages, figures and results
     (lambda k: attention_page(["a", "b"], [1.0], title="t"), "shorter"),
     (lambda k: attention_page(["a"], [float("nan")], title="t"), "NaN"),

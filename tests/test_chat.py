@@ -3,8 +3,7 @@
 from contextlib import contextmanager
 
 import pytest
-import torch
-from transformers import MistralConfig, MistralForCausalLM
+import tiny_models
 
 import steerkit
 from steerkit.chat import (
@@ -157,12 +156,10 @@ def test_a_kept_cache_gives_the_replies_of_fresh_prompts(tiny):
 
 def test_layers_with_a_sliding_window_reply_alike(tiny):
     """Such a window counts masked tokens, so the cache starts anew: also after a selection."""
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, sliding_window=8, initializer_range=0.5,
-    )  # fmt: skip
-    model, few = MistralForCausalLM(config).eval(), {"max_new_tokens": 12}
+    model, few = (
+        tiny_models.tiny("mistral", vocab_size=4096, sliding_window=8),
+        {"max_new_tokens": 12},
+    )
     chat, dialogues = BatchedChat(model, tiny[1]), user(*QUESTIONS)
     for order in ([0, 1, 2], [2, 0, 0]):
         answers = chat.reply(dialogues, **few)

@@ -16,7 +16,6 @@ from steerkit.constraints import (
     main_language,
     values,
 )
-from steerkit.tiny.gatt import split_values
 
 FRENCH = "Le ciel est bleu et la mer est calme, mais il ne faut pas oublier un parapluie."
 OBEYING = {
@@ -128,19 +127,3 @@ def test_an_exclusive_pair_really_excludes():
         assert not compatible((a, b), "real")
         assert not Constraint(a, "", "real").obeyed(OBEYING[b, ""])
         assert not Constraint(b, "", "real").obeyed(OBEYING[a, ""])
-
-
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda: split_values("nope"),
-        lambda: Constraint("nope", "x").texts(),
-        lambda: Constraint("nope", "x").obeyed("Hi."),
-        lambda: values("haiku"),  # of the other table
-        lambda: Constraint("hobby", "x", "nowhere").obeyed("Hi."),
-    ],
-)
-def test_an_unknown_family_or_table_is_named_with_the_known_ones(use):
-    with pytest.raises(ValueError, match=r"is no family of a table .*hobby") as caught:
-        use()
-    assert "\n" not in str(caught.value)

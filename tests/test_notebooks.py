@@ -134,12 +134,13 @@ def test_its_answers_are_right_and_an_unsolved_stub_says_not_done_yet(run):
     notebook = read(run.outcome.executed)
     for tag, state in ((TAG, "right"), ("stub", "not done yet")):
         shown = [cell.outputs[-1].data["text/plain"] for cell in tagged(notebook, tag)]
-        assert shown == [f"Exercise {n}: {state}." for n in range(1, len(shown) + 1)] != []
+        assert shown == [f"Exercise {n}: {state}." for n in range(1, len(shown) + 1)]
+        assert len(shown) >= 3
 
 
-@pytest.mark.parametrize("path", longest_first("smoke", leave_out=("00", "02")))
+@pytest.mark.parametrize("path", longest_first("smoke", leave_out=("00", "01", "02")))
 def test_it_runs_at_small_size(path, tmp_path):
-    """Where no other test does it: 00 runs from the wheel, 02 in the browser."""
+    """Where no other test does it: 00 runs from the wheel, 01 on a directory, 02 in the browser."""
     outcome = execute(path, tmp_path, "smoke")
     assert outcome.error is None, outcome.error
     claims = [json.loads(p.read_text()) for p in outcome.results.glob("*.claim.json")]
@@ -244,7 +245,9 @@ show(fig, "a", out=figures_dir(PROFILE, "01"), caption="No line.", alt="Empty ax
 def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A kit with one notebook whose outputs `steerkit run --store` has stored."""
     root = tmp_path_factory.mktemp("kit")
-    write_notebook(root, "01", [FIGURE, f"{MARK}\nprint(N + 1, 'of 0x7f12ab34cd')"])
+    write_notebook(
+        root, "01", [FIGURE, f"{MARK}\nprint(N + 1, 'of 0x7f12ab34cd in 12.3 s; torch 2.13.0')"]
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         assert cli.main(["run", "--store"]) == 0
@@ -318,18 +321,8 @@ def test_nbval_accepts_the_stored_output_and_rejects_another(stored, request, mo
     done = subprocess.run(command, capture_output=True, text=True, cwd=stored.parent)
     assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout
     cells = read(stored).cells
+    cells[2].outputs[0].text = "3 of 0x1234abcd in 4 ms; torch 9.0.1+cpu\n"
     assert differences(stored, cells, request.session) == []
-    cells[2].outputs[0].text = "4 of 0x7f12ab34cd\n"
+    cells[2].outputs[0].text = "4 of 0x1234abcd in 4 ms; torch 9.0.1+cpu\n"
     assert "4 of ADDRESS" in differences(stored, cells, request.session)[0]
     assert os.listdir(stored.parent / "runs") == ["cpu"]  # by hand, too, figures go to runs/
-
-
-def test_sanitize_rules_replace_noise_keep_results_and_none_is_dropped():
-    rules = get_sanitize_patterns(SANITIZE.read_text())
-    assert len(rules) == len(re.findall("^regex:", SANITIZE.read_text(), re.MULTILINE)) > 0
-    noise = "took 12.3 s; 4 ms, then 2 min; <object at 0x7f12ab34cd56>; torch 2.13.0+cpu"
-    text = f"{noise}; loss 3.204 nats, 4 sinks, L3H7; 5 steps in 3 layers"
-    for pattern, replacement in rules:
-        text = re.sub(pattern, replacement, text)
-    noise = "took DURATION; DURATION, then DURATION; <object at ADDRESS>; torch VERSION"
-    assert text == f"{noise}; loss 3.204 nats, 4 sinks, L3H7; 5 steps in 3 layers"

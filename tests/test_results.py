@@ -63,20 +63,6 @@ def test_a_claim_comes_back_from_disk_as_it_was_saved(tmp_path):
     assert found["versions"].keys() == {"python", "steerkit", "torch", "transformers", "numpy"}
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    def full_disk(path: Path, content: bytes) -> None:
-        with path.open("wb") as file:
-            file.write(content[: len(content) // 2])
-        raise OSError(28, "No space left on device")
-
-    files.write_json(tmp_path / "a.json", [1])
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        files.write_json(tmp_path / "a.json", [2, 3, 4])
-    assert json.loads((tmp_path / "a.json").read_text()) == [1]
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-
-
 def test_json_holds_tensors_arrays_and_infinity(tmp_path):
     value = {"t": torch.tensor([1.5, 2.0]), "a": np.float32(0.5), 3: float("inf"), "p": Path("x")}
     files.write_json(tmp_path / "a.json", value)
