@@ -11,29 +11,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle_streaming import Oracle, rotate
+from oracle_streaming import Oracle
 from peft import LoraConfig, get_peft_model
 from tiny_models import CONFIGS, SIZE, V, tiny, tokens
 from torch import Tensor
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     BertConfig,
     BertForMaskedLM,
     DynamicCache,
     LlamaForCausalLM,
     PreTrainedModel,
 )
-from transformers.masking_utils import sdpa_mask
 
-from steerkit.attention.hook import AttentionCall, softmax_off_by_one
+from steerkit.attention.hook import softmax_off_by_one
 from steerkit.attention.rope import Rotation, learn_rotations
 from steerkit.chat import Message, prompt_ids, stop_ids
 from steerkit.steering.pasta import emphasise
 from steerkit.streaming.conversation import stream_chat
-from steerkit.streaming.latency import interleaved
 from steerkit.streaming.losses import recomputed_losses, token_losses, window_drift
-from steerkit.streaming.sink_cache import SinkCache, plain_attention, visible
+from steerkit.streaming.sink_cache import SinkCache, visible
 from steerkit.streaming.stream_eval import (
     EvalStream,
     Fact,
@@ -76,46 +72,6 @@ def test_the_cache_holds_what_the_last_token_saw() -> None:
     assert visible(0, 2, 4) == [0] and visible(3, 2, 4) == [0, 1, 2, 3]
     cache = SinkCache(tiny("llama"), sinks=2, window=4)
     assert cache.state.slots(4, 9) == (slice(4, 7), slice(2, 4))
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
-@pytest.mark.parametrize(("sinks", "window"), [(3, 10), (0, 7), (5, 1)])
-def test_losses_equal_the_plain_reference(name: str, sinks: int, window: int) -> None:
-    model, ids = tiny(name), tokens(2, 60)
-    losses = token_losses(model, ids, sinks=sinks, window=window, block=25)
-    rotary = next(m for m in model.modules() if hasattr(m, "inv_freq"))
-    options = {"sinks": sinks, "window": window, "rotate": partial(rotate, rotary=rotary)}
-
-    def attend(_: object, q: Tensor, k: Tensor, v: Tensor, *__: object, **___: object) -> tuple:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return plain_attention(q, k, v, **options).transpose(1, 2), None
-
-    AttentionInterface.register("plain", attend)
-    AttentionMaskInterface.register("plain", sdpa_mask)
-    model.set_attn_implementation("plain")
-    not_rotated = torch.zeros_like(ids)  # position 0
-    assert gap(losses, stock_losses(model, ids, position_ids=not_rotated)) < 2e-5
-
-
-def test_attention_of_a_block_is_pure(llama: PreTrainedModel) -> None:
-    cache, chunked = SinkCache(llama, sinks=2, window=10), []
-
-    def twice(attend: Callable[[AttentionCall], Tensor], call: AttentionCall) -> Tensor:
-        before = {name: x for name, x in vars(call).items() if isinstance(x, Tensor)}
-        copies = {name: x.clone() for name, x in before.items()}
-        first, again = attend(call), attend(call)
-        assert torch.equal(first, again)
-        assert all(vars(call)[name] is x for name, x in before.items())
-        assert all(torch.equal(x, copies[name]) for name, x in before.items())
-        masks = [(key, x) for key, x in cache.state.shared.items() if key[0] == "mask"]
-        assert all(torch.equal(x, cache.state.mask(*key[1:])) for key, x in masks)
-        chunked.append(len(masks))
-        return again
-
-    cache._edits = {module: partial(twice, attend) for module, attend in cache._edits.items()}
-    with torch.no_grad():
-        llama(tokens(1, 300), past_key_values=cache)
-    assert chunked == [2, 2]  # of at most 256 queries, in both layers
 
 
 # token_losses
@@ -208,14 +164,6 @@ def test_memory_does_not_grow(llama: PreTrainedModel) -> None:
     assert sizes[0] == 2 * 4 * 2 * 8 * (25 + 25 + 4)  # layers, bytes, heads, D, slots
 
 
-def test_a_stream_goes_on_in_its_cache(llama: PreTrainedModel) -> None:
-    ids, cache = tokens(1, 121), SinkCache(llama, sinks=2, window=20)
-    pieces = [ids[:, a : a + 41] for a in range(0, 120, 40)]
-    parts = [token_losses(llama, piece, cache=cache) for piece in pieces]
-    assert gap(torch.cat(parts, 1), token_losses(llama, ids, sinks=2, window=20)) < 2e-5
-    assert cache.seen == 120
-
-
 def test_window_attention_drifts_from_a_fresh_forward_after_the_first_layer(
     llama: PreTrainedModel,
 ) -> None:
@@ -291,11 +239,10 @@ def test_recomputation_equals_a_forward_per_token(
 
 
 def test_recomputation_puts_the_first_tokens_before_each_window(llama: PreTrainedModel) -> None:
-    ids, L = tokens(1, 30), 8
-    front = torch.tensor([[5, 9]])
-    windows = [torch.cat([front, ids[:, p + 1 - L : p + 2]], 1) for p in range(L - 1, 29)]
+    ids, front = tokens(1, 30), torch.tensor([[5, 9]])
+    windows = [torch.cat([front, ids[:, p - 7 : p + 2]], 1) for p in range(7, 29)]
     want = torch.stack([stock_losses(llama, window)[:, -1] for window in windows], 1)
-    ours = recomputed_losses(llama, ids, length=L, first=[5, 9], positions=range(L - 1, 29))
+    ours = recomputed_losses(llama, ids, length=8, first=[5, 9], positions=range(7, 29))
     assert gap(ours, want) < 2e-5
 
 
@@ -351,16 +298,13 @@ def test_batches_of_equal_length_and_chunked_prefill(llama: PreTrainedModel) -> 
     assert torch.equal(chunked, out)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_the_model_s_own_attention_serves_single_tokens(implementation: str) -> None:
+def test_the_model_s_own_attention_serves_single_tokens() -> None:
     model, ids = tiny("llama"), tokens(1, 50)
-    want = Oracle(model, 4, 20).greedy(ids, 30)
-    model.set_attn_implementation(implementation)
-    out = model.generate(
-        ids, past_key_values=SinkCache(model, window=20), max_new_tokens=30, **GREEDY
-    )
-    assert out[0, 50:].tolist() == want
-    assert model.config._attn_implementation == implementation
+    model.set_attn_implementation("eager")
+    cache = SinkCache(model, window=20)
+    out = model.generate(ids, past_key_values=cache, max_new_tokens=30, **GREEDY)
+    assert out[0, 50:].tolist() == Oracle(model, 4, 20).greedy(ids, 30)
+    assert model.config._attn_implementation == "eager"
 
 
 def test_beam_search_reorders_the_streams(llama: PreTrainedModel) -> None:
@@ -589,8 +533,6 @@ def test_eval_stream_asks_for_lines_that_are_there(tiny) -> None:
         asked.append(number)
     assert len(set(asked)) == len(asked) == 12  # none is asked twice
     assert {query.back for query in stream.queries} == {2, 9, 30}
-    assert torch.equal(eval_stream(tokenizer, **make).ids, ids[None])
-    assert not torch.equal(eval_stream(tokenizer, **make | {"seed": 1}).ids, ids[None])
 
 
 def test_hits_need_every_token_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -605,14 +547,3 @@ def test_hits_need_every_token_of_the_answer(monkeypatch: pytest.MonkeyPatch) ->
     one, two = accuracy_by_distance(stream, hits).itertuples(index=False)
     assert one == (1, 3, 1, 1)
     assert two == (2, pytest.approx((4 + 6 + 9) / 3), pytest.approx(1 / 3), 3)
-
-
-# Pace
-
-
-def test_interleaved_steps_take_turns_and_report_medians(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, order = iter([0, 9, 0, 9, 0, 1, 0, 4, 0, 2, 0, 5, 0, 9, 0, 6]), []
-    monkeypatch.setattr("steerkit.streaming.latency._now", lambda: next(clock))
-    steps = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    assert interleaved(steps, repeats=3, warmup=1) == {"a": 2, "b": 5}
-    assert "".join(order) == "abababab"

@@ -1,10 +1,15 @@
 """The attention function: every read or edit of attention passes through it.
 
-It is registered once, at import, under the name "steerkit" in transformers' `AttentionInterface`
-*and* `AttentionMaskInterface`. (A name that is missing from the second gives attention that is
-silently not causal.) Edits, recorders and the zero sink are stored on the attention modules for the
-length of a `with`. Where a module has none of them, the function is transformers' own SDPA path.
-Learned sinks (gpt-oss: one score per head that takes weight and has no value) are honoured always.
+transformers lets a model call any function in place of its own attention. Ours, "steerkit", passes
+each call on to transformers' SDPA attention. For the length of a `with`, a layer may also have
+
+- an edit, which computes something else from the call (`attach`),
+- a recorder, which sees what is computed (`record_calls`),
+- a zero sink, the architecture of `softmax_off_by_one`.
+
+They are stored on the layer's attention module, and nothing is left of them afterwards. Learned
+sinks (gpt-oss: one score per head that takes weight and has no value) are part of the model, so
+they are always computed.
 
 One thread per model: what is attached belongs to the thread that entered the `with`, and a call
 from another thread raises ValueError. Enter the `with` in the thread that calls `generate`. A
@@ -16,7 +21,6 @@ T tokens.
 """
 
 import inspect
-import operator
 import sys
 import threading
 import warnings
@@ -39,6 +43,7 @@ ATTENTION_NAME = "steerkit"
 # Keys of a module's `__dict__`. The spaces keep them apart from attributes.
 _EDIT, _RECORDER, _ZERO_SINK = "steerkit edit", "steerkit recorder", "steerkit zero sink"
 _LAYERS = "steerkit choice of layers"
+_ONE_TOKEN = torch.zeros(1, 1, dtype=torch.long)  # enough to find each layer's attention module
 # The fast kernels of accelerators want head sizes that are multiples of 8; a CPU's take any.
 _ALIGN = {"cpu": 1}
 
@@ -107,15 +112,18 @@ class AttentionCall:
         return replace(self, query=wider(self.query, query), key=wider(self.key, key), value=value)
 
     def _attend_with_sink(self) -> Tensor:
-        """A sink is one more key, in front, with a zero value.
+        """Attention beside a sink: one more score in the softmax, whose weight has no value.
 
-        A zero key has the score 0. One more dimension makes a learned score of it.
+        SDPA has no such score, so the sink becomes one more key, in front of the others, with zeros
+        as its value. If the key is zeros as well, its score is q . 0 = 0, the zero sink. A learned
+        score s needs one more dimension: s / scaling in every query, 1 in the sink's key and 0 in
+        the others. So the sink's score is s, and all other scores are what they were.
         """
         front = (0, 0, 1, 0)
         call = replace(self, key=F.pad(self.key, front), value=F.pad(self.value, front))
         if self.learned_sink is not None:
             score = exact_parts(self.learned_sink / self.scaling, self.query.dtype)  # (H,n)
-            is_sink = F.pad(torch.ones_like(score[:1]), (0, 0, 0, self.key.shape[2]))  # (1+K,n)
+            is_sink = F.pad(torch.ones_like(score[:1]), (0, 0, 0, self.key.shape[2]))  # 1, 0, 0 ...
             call = call.widened(score[:, None], is_sink)
 
         width = self.value.shape[-1]
@@ -143,11 +151,6 @@ def steerkit_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **other: Any
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer -> (output (B,Q,H,D), None for the weights)."""
-    state = module.__dict__
-    plain = _EDIT not in state and _ZERO_SINK not in state and _RECORDER not in state
-    if plain and other.get("s_aux") is None:
-        return sdpa_attention_forward(module, query, key, value, mask, **other)
-
     scaling = other.pop("scaling", None) or query.shape[-1] ** -0.5
     recorder = _attached(module, _RECORDER)
     call = AttentionCall(module, query, key, value, mask, scaling, other, recorder)
@@ -178,13 +181,14 @@ def exact_parts(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack([high, (x.float() - high).to(dtype)], dim=-1)
 
 
+# A name that is missing from the second gives attention that is silently not causal.
 AttentionInterface.register(ATTENTION_NAME, steerkit_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 @contextmanager
 def use_attention_function(model: Model) -> Iterator[None]:
-    """Let `model` call the attention function inside the `with`; leave the model as found.
+    """Inside the `with`, `model` calls the attention function; afterwards what it called before.
 
     Raises ValueError for architectures that would be silently wrong or that never call it.
     """
@@ -280,10 +284,9 @@ def attach(model: Model, edits: Mapping[int, Edit]) -> Iterator[None]:
     False
     """
     calls = trace_attention(model)
-    by_layer = {operator.index(layer): edit for layer, edit in edits.items()}
-    if unknown := sorted({*by_layer} - {*calls}):
-        raise ValueError(f"layers {unknown}: expected layers in {layers_of(model)}")
-    by_module = {calls[layer].module: edit for layer, edit in by_layer.items()}
+    if unknown := [layer for layer in edits if layer not in calls]:
+        raise ValueError(f"layers {unknown}: expected ints in {layers_of(model)}")
+    by_module = {calls[layer].module: edit for layer, edit in edits.items()}
     with use_attention_function(model), attach_to_modules(by_module):
         yield
 
@@ -395,9 +398,6 @@ def _run_recorded(
         _forward(model, ids, **inputs)
 
 
-_ONE_TOKEN = torch.zeros(1, 1, dtype=torch.long)  # enough to find each layer's attention module
-
-
 @torch.no_grad()
 def _forward(model: Model, ids: Tensor, **inputs: Any) -> Tensor:
     """Last hidden states (B,T,width) of ids (B,T), without the LM head."""
@@ -409,14 +409,13 @@ def _forward(model: Model, ids: Tensor, **inputs: Any) -> Tensor:
 
 
 def trace_attention(
-    model: Model, ids: Tensor | None = None, **inputs: Any
+    model: Model, ids: Tensor = _ONE_TOKEN, **inputs: Any
 ) -> dict[int, AttentionCall]:
     """{layer: its attention call} of one forward over a few tokens `ids` (B,T).
 
     By default one token is run: enough to find each layer's attention module. Raises ValueError
     like `record_calls`, and if an edit is attached.
     """
-    ids = _ONE_TOKEN if ids is None else ids
     calls: dict[int, AttentionCall] = {}
     # No change to any layer, but inside another edit it is refused.
     unchanged = dict.fromkeys(model.modules(), AttentionCall.attend)

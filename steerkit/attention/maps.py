@@ -123,14 +123,13 @@ def span_attention(model: Model, ids: Tensor, spans: Sequence[Span]) -> SpanAtte
     T = ids.shape[1]
     if (end := inside.shape[1]) > T:
         raise ValueError(f"the spans end at token {end}, past the {T} tokens of this text")
-    first, stop = inside[0].nonzero()[[0, -1], 0] + torch.tensor([0, 1])
+    keys = inside[0].nonzero()[:, 0]
     share, peak = torch.zeros(2, *layer_and_head_counts(model), T)
 
     def record(chunk: WeightChunk) -> None:
-        start, end = max(first, chunk.keys.start), min(stop, chunk.keys.stop)
-        if start < end:
-            weights = chunk.weights[0, ..., start - chunk.keys.start : end - chunk.keys.start]
-            weights = weights * inside[0, start:end].to(weights.device)  # (H,q,keys)
+        here = keys[(keys >= chunk.keys.start) & (keys < chunk.keys.stop)] - chunk.keys.start
+        if len(here):
+            weights = chunk.weights[0, ..., here.to(chunk.weights.device)]  # (H,q,keys)
             share[chunk.layer, :, chunk.queries] = weights.sum(-1).cpu()
             peak[chunk.layer, :, chunk.queries] = weights.amax(-1).cpu()
 
@@ -183,7 +182,5 @@ def _check_text(model: Model, ids: Tensor) -> None:
     if limit < T and not rope_kinds(model):
         raise ValueError(f"{T} tokens, the model has {limit} learned positions: shorten the text")
     if limit < T:
-        message = (
-            f"{T} tokens, the model was trained on {limit} positions: weights beyond say little"
-        )
-        warnings.warn(message, stacklevel=3)
+        said = f"{T} tokens, the model was trained on {limit} positions: weights beyond say little"
+        warnings.warn(said, stacklevel=3)

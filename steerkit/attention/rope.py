@@ -36,15 +36,11 @@ class Rotation(NamedTuple):
         """Rotate vectors (..., T, D) by a table's angles; the rest of D passes (partial RoPE)."""
         cos, sin = table
         pairs = cos.shape[-1]
-        pair, rest = x[..., : 2 * pairs].float(), x[..., 2 * pairs :]
-        if self.interleaved:
-            a, b = pair[..., 0::2], pair[..., 1::2]
-        else:
-            a, b = pair.chunk(2, dim=-1)
-        turned = (a * cos - b * sin, b * cos + a * sin)
-        rotated = torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
-        rotated = rotated.to(x.dtype)
-        return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
+        shape, axis = ((pairs, 2), -1) if self.interleaved else ((2, pairs), -2)
+        a, b = x[..., : 2 * pairs].float().unflatten(-1, shape).unbind(axis)
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], axis).flatten(-2).to(x.dtype)
+        rest = x[..., 2 * pairs :]
+        return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
 def rope_kinds(model: Model) -> set[str]:
@@ -68,18 +64,14 @@ def learn_rotations(model: Model) -> tuple[list[AttentionCall], list[Rotation | 
     positions = torch.tensor([0, _STEPS]).repeat_interleave(len(tokens))[:, None].to(model.device)
     ids = tokens.repeat(2)[:, None]
     traced = trace_attention(model, ids, position_ids=positions, every_layer=True)
-    calls, candidates = list(traced.values()), _candidates(model)
-    return calls, [_rotation_of(layer, call.key, candidates) for layer, call in enumerate(calls)]
-
-
-def _candidates(model: Model) -> list[Rotation]:
-    """Every set of frequencies that the model holds, paired in either way."""
-    frequencies = [
-        buffer.detach().double()
+    candidates = [
+        Rotation(buffer.detach().double(), interleaved)
         for name, buffer in model.named_buffers()
         if name.endswith("inv_freq") and "original" not in name
+        for interleaved in (False, True)
     ]
-    return [Rotation(f, interleaved) for f in frequencies for interleaved in (False, True)]
+    calls = list(traced.values())
+    return calls, [_rotation_of(layer, call.key, candidates) for layer, call in enumerate(calls)]
 
 
 def _rotation_of(layer: int, keys: Tensor, candidates: list[Rotation]) -> Rotation | None:

@@ -176,7 +176,9 @@ def train(
     for step in tqdm(range(1, steps + 1), delay=2, mininterval=1, leave=False):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * min(1.0, step / WARMUP)
-        loss = next_token_loss(model, batch(recipe, step - 1).to(model.device))
+        ids = batch(recipe, step - 1).to(model.device)
+        logits = model(ids[:, :-1], use_cache=False).logits  # (B,T-1,V+1)
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -185,12 +187,6 @@ def train(
         callback(step, model)
     model.eval()
     return torch.stack(losses)
-
-
-def next_token_loss(model: Model, ids: Tensor) -> Tensor:
-    """Mean negative log-likelihood in nats of ids[:, 1:]: (B,T) -> ()."""
-    logits = model(ids[:, :-1], use_cache=False).logits  # (B,T-1,V+1)
-    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
 def load_run(name: str, seed: int = 0, *, step: int | None = None) -> tuple[Model, Recipe]:

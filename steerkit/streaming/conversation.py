@@ -8,7 +8,6 @@ from torch import Tensor
 
 from steerkit.chat import Message, check_request, prompt_text, stop_ids, template_pieces, user_text
 from steerkit.models import Model, Tokenizer
-from steerkit.streaming.losses import last_only
 from steerkit.streaming.sink_cache import SinkCache
 
 
@@ -67,7 +66,7 @@ def stream_chat(
         reply: list[int] = []
         while len(reply) < max_new_tokens and not stops.intersection(reply[-1:]):
             inputs = torch.tensor([unread], device=model.device)
-            logits = model(input_ids=inputs, past_key_values=cache, **last_only(model)).logits
+            logits = model(input_ids=inputs, past_key_values=cache, logits_to_keep=1).logits
             reply.append(int(choose(logits[0, -1])))
             unread = reply[-1:]
         if reply[-1] in stops:  # the template writes the end of a reply itself

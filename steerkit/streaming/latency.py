@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from steerkit.streaming.losses import last_only
 from steerkit.streaming.sink_cache import SinkCache
 
 
@@ -53,7 +52,7 @@ def decode_pace(model: PreTrainedModel, *, cache: int, repeats: int = 15) -> dic
     model(ids[:, :2], past_key_values=streaming)  # the cache is full: each step evicts
     steps = {
         "dense": lambda: model(ids[:, :1], past_key_values=dense),
-        "re-computation": lambda: model(ids, use_cache=False, **last_only(model)),
+        "re-computation": lambda: model(ids, use_cache=False, logits_to_keep=1),
         "streaming": lambda: model(ids[:, :1], past_key_values=streaming),
     }
     return {name: 1e3 * s for name, s in interleaved(steps, repeats=repeats).items()}

@@ -5,7 +5,6 @@ StreamingLLM). `recomputed_losses` reads the last tokens anew for each token. Ax
 tokens, V vocabulary, P positions, L layers. Losses in nats.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
@@ -122,7 +121,7 @@ def recomputed_losses(
         nats, pieces = [], windows.split(max(1, _BATCH_TOKENS // length))
         for piece in tqdm(pieces, unit="batch", delay=2, leave=False):
             inputs, target = piece[:, :-1].to(model.device), piece[:, -1:].to(model.device)
-            logits = model(input_ids=inputs, use_cache=False, **last_only(model)).logits[:, -1:]
+            logits = model(input_ids=inputs, use_cache=False, logits_to_keep=1).logits
             nats.append(negative_log_likelihood(logits, target).cpu())
         losses[:, ~early] = torch.cat(nats).view(len(ids), -1)
     return losses
@@ -145,16 +144,9 @@ def window_drift(model: Model, ids: Tensor, *, length: int, every: int = 100) ->
         model(piece[:, :-1], past_key_values=cache)
         cached = model(piece[:, -1:], past_key_values=cache, output_hidden_states=True)
         fresh = model(piece[:, -length:], output_hidden_states=True)
-        pairs = zip(cached.hidden_states, fresh.hidden_states, strict=True)
-        last = [(a[0, -1].float(), b[0, -1].float()) for a, b in pairs]
-        drift.append(torch.stack([(a - b).norm() / b.norm() for a, b in last]))
+        a, b = (torch.stack(x.hidden_states)[:, 0, -1].float() for x in (cached, fresh))
+        drift.append((a - b).norm(dim=-1) / b.norm(dim=-1))  # (L+1,)
     return torch.stack(drift).cpu()
-
-
-def last_only(model: Model) -> dict[str, int]:
-    """Spares the LM head all positions but the last, where the model offers it."""
-    known = "logits_to_keep" in inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if known else {}
 
 
 def _checked(model: Model, ids: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ and R = 4, after the tokens 0 to 8:
                          newest    oldest: evicted by token 9
 
 Positions are counted inside the cache, not in the text. The kept tokens in order, 0 1 4 5 6 7 8,
-have the positions 0 to 6; so the newest token never stands beyond position S + R. `visible` and
-`plain_attention` below say the same in code, token by token. `SinkCache` computes the same, fast:
+have the positions 0 to 6; so the newest token never stands beyond position S + R. The function
+`visible` below says the same in code. `SinkCache` does it fast, without moving every key each time:
 
 - A recent key has its true distance from the query. It stays as the model rotated it.
 - Only a sink's distance differs from the text's, by the *excess* of the token's position in the
@@ -48,24 +48,6 @@ _QUERY_CHUNK = 256  # queries that share one mask
 def visible(t: int, sinks: int, window: int) -> list[int]:
     """The tokens that token t attends to; the place in this list is a token's position."""
     return [*range(min(sinks, t + 1)), *range(max(sinks, t - window), t + 1)]
-
-
-def plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, sinks: int, window: int, rotate: Callable
-) -> Tensor:
-    """The reference: (...,T,D) each, not yet rotated -> (...,T,D). No cache, quadratic in T.
-
-    `rotate(x, positions)` is the model's rotary embedding: (...,T,D), (T,) -> (...,T,D).
-    """
-    outputs = []
-    for t in range(query.shape[-2]):
-        kept = visible(t, sinks, window)
-        positions = torch.arange(len(kept))
-        q = rotate(query[..., [t], :], positions[-1:])
-        k = rotate(key[..., kept, :], positions)
-        weights = (q @ k.mT * query.shape[-1] ** -0.5).softmax(-1)
-        outputs.append(weights @ value[..., kept, :])
-    return torch.cat(outputs, dim=-2)
 
 
 @dataclass
@@ -310,13 +292,11 @@ class SinkCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SinkCache":
         """The same stream in a cache of its own, for the same model (not a copy of the model)."""
-        state = self.state
-        other = SinkCache(self._model, sinks=state.sinks, window=state.window)
-        other.state.seen, other.state.shift, other.state.new = state.seen, state.shift, state.new
+        other = SinkCache(self._model, sinks=self.state.sinks, window=self.state.window)
+        vars(other.state).update(copy.deepcopy(vars(self.state), memo))
+        memo[id(self.state)] = other.state  # which all layers of the copy share
         for layer, mine in zip(other.layers, self.layers, strict=True):
-            if mine.is_initialized:
-                layer.keys, layer.values = mine.keys.clone(), mine.values.clone()
-                layer.sink_keys, layer.is_initialized = mine.sink_keys.clone(), True
+            vars(layer).update(copy.deepcopy(vars(mine), memo))
         return other
 
     def __copy__(self) -> "SinkCache":
