@@ -311,7 +311,7 @@ def test_a_hybrid_is_read_in_its_softmax_layers_when_asked(name: str) -> None:
         weights = attention_weights(model, ids)
         alpha = mean_weight_on_key(model, ids)[:, layers]
         assert sink_metric(model, ids, eps=alpha.median().item() + 1e-6, tokens=40) == 0.5
-        with pytest.raises(ValueError, match=r"L0H1: expected a layer in \[1, 3\]"):
+        with pytest.raises(ValueError, match=r"L0H1: expected layers in \[1, 3\]"):
             heads_by_layer(model, "L0H1")
         with pytest.raises(ValueError, match=r"none in \[0, 2\]"):
             SinkCache(model)

@@ -39,8 +39,8 @@ def layer_and_head_counts(model: Model) -> tuple[int, int]:
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):
         raise ValueError(
-            f"{type(model).__name__} has no one number of attention heads "
-            f"(num_attention_heads: {heads}); use an architecture with softmax attention throughout"
+            f"{type(model).__name__} has num_attention_heads={heads}: use an architecture with "
+            "softmax attention throughout"
         )
     return config.num_hidden_layers, heads
 
@@ -53,10 +53,7 @@ def heads_by_layer(model: Model, heads: Heads | None) -> dict[int, list[int]]:
     chosen: dict[int, list[int]] = {}
     for layer, index in sorted(set(pairs)):
         if layer not in layers or not 0 <= index < H:
-            raise ValueError(
-                f"{Head(layer, index)}: expected a layer in {layers} and 0 <= index < {H} query "
-                "heads"
-            )
+            raise ValueError(f"{Head(layer, index)}: expected layers in {layers}, {H} query heads")
         chosen.setdefault(layer, []).append(index)
     return chosen
 

@@ -339,23 +339,17 @@ def softmax_layers_only(model: Model) -> Iterator[list[int]]:
     layers = [call.module.layer_idx for call in calls]
     left_out = sorted({*layers_of(model)} - {*layers})
     if not layers or layers != sorted({*layers}):
-        raise ValueError(
-            f"{type(model).__name__}: softmax attention in layers {layers}: expected "
-            "some, each with a module of its own"
-        )
+        raise ValueError(f"softmax layers {layers}: expected some, each with a module of its own")
     if left_out:
         warnings.warn(f"layers {left_out} have no softmax attention and are left out", stacklevel=3)
     with attach_to_modules({model: layers}, _LAYERS):
         yield layers
 
 
-def layers_of(model: Model) -> Sequence[int]:
-    """Numbers of the model's layers; inside `softmax_layers_only` of those with softmax."""
-    return _attached(model, _LAYERS) or _every_layer(model)
-
-
-def _every_layer(model: Model) -> range:
-    return range(model.config.get_text_config().num_hidden_layers)
+def layers_of(model: Model, *, every: bool = False) -> Sequence[int]:
+    """The model's layers; inside `softmax_layers_only` those with softmax, unless `every`."""
+    chosen = None if every else _attached(model, _LAYERS)
+    return chosen or range(model.config.get_text_config().num_hidden_layers)
 
 
 def record_calls(
@@ -372,7 +366,7 @@ def record_calls(
     kernels, an edit that does not attend): it would be left out silently. `every_layer` raises it
     inside `softmax_layers_only` too.
     """
-    layers = _every_layer(model) if every_layer else layers_of(model)
+    layers = layers_of(model, every=every_layer)
     modules: list[nn.Module] = []
 
     def number(call: AttentionCall) -> None:

@@ -104,9 +104,7 @@ def recomputed_losses(
     T = ids.shape[1]
     at = torch.arange(T - 1) if positions is None else torch.as_tensor(positions, dtype=torch.long)
     if at.ndim != 1 or not len(at) or at.min() < 0 or at.max() >= T - 1:
-        raise ValueError(
-            f"positions: expected a non-empty list of 0 .. {T - 2}, the losses of {T} tokens"
-        )
+        raise ValueError(f"positions: expected some of 0 .. {T - 2}, the losses of {T} tokens")
     _refuse_length(model, min(length, T - 1))
     losses = torch.empty(ids.shape[0], len(at))
     early = at < length - 1

@@ -227,9 +227,7 @@ class SinkLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Assisted decoding takes tokens back; what was evicted for them is gone."""
         if tokens_to_remove:
-            raise ValueError(
-                "SinkCache cannot take tokens back: generate without assisted decoding"
-            )
+            raise ValueError("SinkCache cannot take tokens back: use no assisted decoding")
 
 
 class SinkCache(Cache):
@@ -257,10 +255,7 @@ class SinkCache(Cache):
     def __init__(self, model: Model, *, sinks: int = 4, window: int = 1020) -> None:
         for name, value, least in (("sinks", sinks, 0), ("window", window, 1)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(
-                    f"{name}={value!r}: expected a whole number of tokens, {least} or more (in the "
-                    "paper 4 sinks and a window of 1020)"
-                )
+                raise ValueError(f"{name}={value!r}: expected a whole number, {least} or more")
         # An adapter (PEFT) wraps the model, and its `generate` calls the model inside.
         model = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
         calls, rotations = learn_rotations(model)
