@@ -27,7 +27,11 @@ def rotate(x: Tensor, positions: Tensor, rotary: nn.Module) -> Tensor:
 class Oracle:
     """Next-token logits of a stream under S sinks and R recent keys."""
 
-    def __init__(self, model: nn.Module, sinks: int, window: int, *, clamp: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, sinks: int, window: int, *, clamp: bool = True, factor=None
+    ) -> None:
+        """`factor(weights, tokens)` steers: what multiplies the weights on those tokens' keys."""
+        self.factor = factor
         self.model, self.S, self.R, self.clamp = copy.deepcopy(model), sinks, window, clamp
         self.rotary = next(m for m in model.modules() if hasattr(m, "inv_freq"))
         self.store: dict[nn.Module, list[Tensor]] = {}
@@ -48,7 +52,14 @@ class Oracle:
         scores = (q @ k.mT) * (scaling or q.shape[-1] ** -0.5)
         if s_aux is not None:  # a learned sink: one more score, which has no value
             scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(len(q), -1, -1, -1)], -1)
-        out = scores.softmax(-1)[..., : k.shape[2]] @ v
+        weights = scores.softmax(-1)[..., : k.shape[2]]
+        if self.factor is not None:
+            recent = range(max(self.S, self.t - self.R), self.t + 1)
+            kept = torch.tensor([*range(min(self.S, self.t + 1)), *recent])
+            on_sink = 1 - weights.sum(-1, keepdim=True)  # a learned one keeps its score
+            weights = weights * self.factor(weights, kept)
+            weights = weights / (weights.sum(-1, keepdim=True) + on_sink)
+        out = weights @ v
         if keys.shape[2] > self.S + self.R:  # trimmed after each forward
             keys = torch.cat([keys[:, :, : self.S], keys[:, :, -self.R :]], 2)
             values = torch.cat([values[:, :, : self.S], values[:, :, -self.R :]], 2)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import pickle
 import random
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from transformers import (
 from steerkit.attention.hook import softmax_off_by_one
 from steerkit.attention.rope import Rotation, learn_rotations
 from steerkit.chat import Message, prompt_ids, stop_ids
+from steerkit.steering.other_methods import additive_bias, spotlight
 from steerkit.steering.pasta import emphasise
 from steerkit.streaming.conversation import stream_chat
 from steerkit.streaming.losses import recomputed_losses, token_losses, window_drift
@@ -434,6 +436,56 @@ def test_a_model_that_sees_its_targets_is_refused() -> None:
     for losses in (token_losses, partial(recomputed_losses, length=9)):
         with pytest.raises(ValueError, match="bidirectional"):
             losses(model, tokens(1, 40))
+
+
+# Steering inside the sinks
+
+SPAN, PROMPT = (2, 6), 14  # of the first 8 tokens, which are sinks; the rest is evicted in time
+
+
+def pasta_factor(weights: Tensor, kept: Tensor) -> Tensor:
+    outside = (kept < PROMPT) & ~((kept >= SPAN[0]) & (kept < SPAN[1]))
+    return torch.where(outside, 0.1, 1.0)
+
+
+def boost_factor(weights: Tensor, kept: Tensor) -> Tensor:
+    return torch.where((kept >= SPAN[0]) & (kept < SPAN[1]), math.exp(2), 1.0)
+
+
+def spotlight_factor(weights: Tensor, kept: Tensor) -> Tensor:
+    inside = (kept >= SPAN[0]) & (kept < SPAN[1])
+    psi = (weights * inside).sum(-1, keepdim=True)
+    raised = torch.where((psi > 0) & (psi < 1), (0.6 / psi).clamp(min=1), 1.0)
+    return torch.where(inside, raised, 1.0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("method", "factor"),
+    [
+        (partial(emphasise, heads=None, alpha=0.1), pasta_factor),
+        (partial(additive_bias, bias=2.0), boost_factor),
+        (partial(spotlight, target=0.6), spotlight_factor),
+    ],
+    ids=["pasta", "boost", "spotlight"],
+)
+@pytest.mark.parametrize(("block", "window"), [(1, 12), (40, 12), (40, 4)])
+@torch.no_grad()
+def test_spans_inside_the_sinks_are_steered_for_ever(
+    name: str, method: Callable, factor: Callable, block: int, window: int
+) -> None:
+    """As one token at a time with literal reweighting: decoding, and blocks that evict."""
+    model, ids = tiny(name), tokens(1, 60)
+    wanted, plain = (
+        torch.stack([oracle.step(ids[:, t]) for t in range(60)], 1)
+        for oracle in (Oracle(model, 8, window, factor=factor), Oracle(model, 8, window))
+    )
+    cache = SinkCache(model, sinks=8, window=window)
+    with method(model, [[SPAN]]):
+        prompt, first, rest = ids[:, :PROMPT], ids[:, PROMPT : PROMPT + 1], ids[:, PROMPT + 1 :]
+        pieces = (prompt, first, *rest.split(block, dim=1))
+        logits = [model(piece, past_key_values=cache).logits for piece in pieces]
+    assert gap(torch.cat(logits, 1), wanted) < 2e-5 and gap(plain, wanted) > 1e-3
 
 
 # What cannot stream

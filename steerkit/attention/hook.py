@@ -5,7 +5,8 @@ each call on to transformers' SDPA attention. For the length of a `with`, a laye
 
 - an edit, which computes something else from the call (`attach`),
 - a recorder, which sees what is computed (`record_calls`),
-- a zero sink, the architecture of `softmax_off_by_one`.
+- a zero sink, the architecture of `softmax_off_by_one`,
+- a cache that evicts, and hands the edit one part of the keys after another (`SinkCache`).
 
 They are stored on the layer's attention module, and nothing is left of them afterwards. Learned
 sinks (gpt-oss: one score per head that takes weight and has no value) are part of the model, so
@@ -42,6 +43,7 @@ from steerkit.models import Model
 ATTENTION_NAME = "steerkit"
 # Keys of a module's `__dict__`. The spaces keep them apart from attributes.
 _EDIT, _RECORDER, _ZERO_SINK = "steerkit edit", "steerkit recorder", "steerkit zero sink"
+CACHE = "steerkit cache"
 _LAYERS = "steerkit choice of layers"
 _ONE_TOKEN = torch.zeros(1, 1, dtype=torch.long)  # enough to find each layer's attention module
 # The fast kernels of accelerators want head sizes that are multiples of 8; a CPU's take any.
@@ -54,7 +56,8 @@ class AttentionCall:
 
     `mask` is None (see `causal`), boolean (True = visible) or additive, and is broadcast to
     (B,H,Q,K). `options` holds what else the architecture passed (dropout, sliding_window, ...).
-    `recorder` sees the call that is computed, so after the changes of an edit.
+    `recorder` sees the call that is computed, so after the changes of an edit. `tokens` (K,) are
+    the numbers of the keys' tokens, where a cache has evicted some; None: the last K, in order.
     """
 
     module: nn.Module
@@ -65,6 +68,7 @@ class AttentionCall:
     scaling: float
     options: dict[str, Any]
     recorder: "Callable[[AttentionCall], None] | None" = None
+    tokens: Tensor | None = None
 
     @property
     def causal(self) -> bool:
@@ -155,7 +159,8 @@ def steerkit_attention(
     recorder = _attached(module, _RECORDER)
     call = AttentionCall(module, query, key, value, mask, scaling, other, recorder)
     edit = _attached(module, _EDIT) or AttentionCall.attend
-    return edit(call), None
+    cache = _attached(module, CACHE)
+    return edit(call) if cache is None else cache(call, edit), None
 
 
 def _attached(module: nn.Module, kind: str) -> Any:
@@ -299,8 +304,8 @@ def attach_to_modules(edits: Mapping[nn.Module, Any], kind: str = _EDIT) -> Iter
     """
     if any(_attached(module, kind) for module in edits):
         raise ValueError(
-            f"a {kind} is already attached to this model: leave its `with` before the next one (a "
-            "SinkCache, which evicts and moves keys, cannot be steered)"
+            f"a {kind} is already attached to this model: leave its `with` before the next one "
+            "(make a SinkCache before you enter it)"
         )
     try:
         for module, edit in edits.items():

@@ -114,10 +114,11 @@ class PromptState:
 
         `tokens` are ids (B,n) or embeddings (B,n,width).
         """
-        if getattr(cache, "evicts", False):
+        end = int(self.spans.any(dim=0).nonzero().max()) + 1
+        if end > getattr(cache, "never_evicted", end):
             raise ValueError(
-                "this cache (SinkCache) evicts and moves the prompt's keys: steer with one that "
-                "keeps them (leave past_key_values out)"
+                f"a span ends at token {end}, and this cache (SinkCache) evicts all tokens but the "
+                f"first {cache.never_evicted}: make it with sinks={end} or more"
             )
         seen = 0 if cache is None else int(cache.get_seq_length())
         batch, new = tokens.shape[:2]
@@ -174,6 +175,10 @@ class PromptState:
         if not self.total:
             raise ValueError("the prompt is unknown: call the model, not one of its layers")
         (B, K), device = (call.query.shape[0], call.key.shape[2]), call.key.device
+        if call.tokens is not None:
+            bias = F.pad(self.bias, (0, 1)).to(device)  # tokens after the prompt have none
+            every = bias[:, call.tokens.clamp(max=self.bias.shape[1])]
+            return every.repeat_interleave(B // len(bias), dim=0)
         end = max(self.total, K)
         bias = self.padded.get((B, device))
         if bias is None or bias.shape[1] < end:

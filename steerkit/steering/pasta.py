@@ -36,8 +36,9 @@ def emphasise(
     and again without a cache, longer by what was generated.
 
     Raises ValueError for bad spans, heads or alpha, for a prompt that does not hold the spans, for
-    lists where the prompt's end is unclear, for spans on padding, and for a cache that evicts
-    (`SinkCache`). `verify.verify` shows that steering is on, and equals equation 2, on your model.
+    lists where the prompt's end is unclear, for spans on padding, and for spans that a `SinkCache`
+    would evict: all must lie in its sinks (make the cache before the `with`). `verify.verify` shows
+    that steering is on, and equals equation 2, on your model.
 
     >>> from steerkit import emphasise, find_span, load, reply
     >>> model, tokenizer = load("tiny")

@@ -26,7 +26,7 @@ import copy
 import weakref
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from steerkit.attention.hook import AttentionCall, attach_to_modules, use_attention_function
+from steerkit.attention import hook
+from steerkit.attention.hook import AttentionCall, Edit
 from steerkit.attention.rope import Rotation, learn_rotations, rope_kinds
 from steerkit.models import Model
 
@@ -98,6 +99,18 @@ class StreamState:
         """Rotation of each new token by its excess: the model's position minus the cache's."""
         t = torch.arange(self.seen, self.seen + self.new, device=device)
         return rotation.table(t - self.shift - t.clamp(max=self.sinks + self.window))
+
+    def tokens(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """The keys' tokens, for the new tokens `start` to `stop` of a block: sinks and band."""
+        recent = torch.arange(self.oldest(start), self.seen + stop, device=device)
+        return torch.cat([torch.arange(self.sinks, device=device), recent])
+
+    def tokens_by_slot(self, device: torch.device) -> Tensor:
+        """Each slot's token, once the cache is full and holds the newest one."""
+        newest, ring = self.seen + self.new - 1, self.window + 1
+        slots = torch.arange(self.capacity, device=device)
+        age = (newest - slots) % ring  # of the token in a slot of the ring
+        return slots.where(slots < self.sinks, newest - age)
 
     def mask(self, start: int, stop: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """0 or -inf for the new tokens `start` to `stop`: (1,1,n,K), sinks first."""
@@ -165,12 +178,18 @@ class SinkLayer(CacheLayerMixin):
         self._store(key, value)
         return ordered
 
-    def attend(self, call: AttentionCall) -> Tensor:
-        """Attention of a block of queries, equal to one query at a time -> (B,n,H,D)."""
-        starts = range(0, call.query.shape[2], _QUERY_CHUNK)
-        return torch.cat([self._attend_chunk(call, start) for start in starts], dim=1)
+    def attend(self, call: AttentionCall, edit: Edit) -> Tensor:
+        """`edit` of a call that sees what the cache kept -> (B,n,H,D).
 
-    def _attend_chunk(self, call: AttentionCall, start: int) -> Tensor:
+        Of a block of queries, the result equals one query at a time.
+        """
+        state = self.state
+        if not state.is_block:
+            return edit(replace(call, tokens=state.share(state.tokens_by_slot, call.key.device)))
+        starts = range(0, call.query.shape[2], _QUERY_CHUNK)
+        return torch.cat([edit(self._chunk(call, start)) for start in starts], dim=1)
+
+    def _chunk(self, call: AttentionCall, start: int) -> AttentionCall:
         """The same for the new tokens from `start` on: the sinks and a band of recent keys."""
         state, S, key, value = self.state, self.state.sinks, call.key, call.value
         query = call.query[:, :, start : start + _QUERY_CHUNK]
@@ -183,7 +202,8 @@ class SinkLayer(CacheLayerMixin):
         if S and self.rotation:
             sinks = mask[..., :S] + self._sink_bias(query, start, call.scaling)
             mask = torch.cat([sinks, mask[..., S:].expand(*sinks.shape[:3], -1)], dim=3)
-        return call.attend(query=query, key=key, value=value, mask=mask)
+        tokens = state.share(state.tokens, start, stop, query.device)
+        return replace(call, query=query, key=key, value=value, mask=mask, tokens=tokens)
 
     def _sink_bias(self, query: Tensor, start: int, scaling: float) -> Tensor:
         """What brings sinks to their distance: (rotated q - q) . k_sink, (B,H,n,D) -> (B,H,n,S)."""
@@ -250,8 +270,6 @@ class SinkCache(Cache):
     (True, 25)
     """
 
-    evicts = True  # asked by methods that need all keys of the prompt, at their places
-
     def __init__(self, model: Model, *, sinks: int = 4, window: int = 1020) -> None:
         for name, value, least in (("sinks", sinks, 0), ("window", window, 1)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -266,13 +284,18 @@ class SinkCache(Cache):
         self._model = model
         self._edits = {call.module: layer.attend for call, layer in zip(calls, layers, strict=True)}
         self._forward = ExitStack()
-        for hook in self._hook_forward():
-            weakref.finalize(self, hook.remove)
+        for handle in self._hook_forward():
+            weakref.finalize(self, handle.remove)
 
     @property
     def seen(self) -> int:
         """Tokens of the stream so far, evicted ones included."""
         return self.state.seen
+
+    @property
+    def never_evicted(self) -> int:
+        """The first tokens, which alone can be steered: asked by the steering methods."""
+        return self.state.sinks
 
     @property
     def nbytes(self) -> int:
@@ -333,9 +356,10 @@ class SinkCache(Cache):
         _refuse_misplaced(kwargs, state.seen, n)
         state.new = n
         self._restart_positions()
-        if state.is_block:
-            self._forward.enter_context(use_attention_function(self._model))
-            self._forward.enter_context(attach_to_modules(self._edits))
+        steered = self._model.config._attn_implementation == hook.ATTENTION_NAME
+        if state.is_block or (steered and state.seen + n > state.capacity):
+            self._forward.enter_context(hook.use_attention_function(self._model))
+            self._forward.enter_context(hook.attach_to_modules(self._edits, hook.CACHE))
         positions = torch.arange(state.seen, state.seen + n, device=inputs.device) - state.shift
         return kwargs | {"position_ids": positions[None], "attention_mask": None}
 
