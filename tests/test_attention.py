@@ -380,7 +380,7 @@ TWO += [[(torch.tensor(0), torch.tensor(1)), torch.tensor([1, 2])]]
 TWO += [{"0": [1], "1": torch.tensor([2])}, {0: np.array([1]), torch.tensor(1): (2,)}]
 
 
-@pytest.mark.parametrize("heads", [*ONE, *TWO], ids=str)
+@pytest.mark.parametrize("heads", [*ONE, *TWO], ids=lambda heads: type(heads).__name__)
 def test_heads_come_in_every_form_and_one_needs_no_list(llama: Model, heads: object) -> None:
     one = any(heads is head for head in ONE)
     assert heads_by_layer(llama, heads) == ({1: [2]} if one else {0: [1], 1: [2]})
