@@ -44,6 +44,7 @@ ATTENTION_NAME = "steerkit"
 # Keys of a module's `__dict__`. The spaces keep them apart from attributes.
 _EDIT, _RECORDER, _ZERO_SINK = "steerkit edit", "steerkit recorder", "steerkit zero sink"
 CACHE = "steerkit cache"
+_KINDS = (_EDIT, _RECORDER, _ZERO_SINK, CACHE)
 _LAYERS = "steerkit choice of layers"
 _ONE_TOKEN = torch.zeros(1, 1, dtype=torch.long)  # enough to find each layer's attention module
 # The fast kernels of accelerators want head sizes that are multiples of 8; a CPU's take any.
@@ -155,6 +156,9 @@ def steerkit_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **other: Any
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer -> (output (B,Q,H,D), None for the weights)."""
+    if other.get("s_aux") is None and not any(kind in module.__dict__ for kind in _KINDS):
+        return sdpa_attention_forward(module, query, key, value, mask, **other)
+
     scaling = other.pop("scaling", None) or query.shape[-1] ** -0.5
     recorder = _attached(module, _RECORDER)
     call = AttentionCall(module, query, key, value, mask, scaling, other, recorder)
