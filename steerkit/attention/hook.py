@@ -268,8 +268,8 @@ def _refuse_uncomputed(model: Model) -> None:
             more.append("keys that stand for several tokens")
         if more or "s_aux" not in call.options:
             raise ValueError(
-                f"{type(model).__name__}: SDPA cannot compute its attention "
-                f"({', '.join(more) or 'transformers does not say why'}; softcap: soft-capped "
+                f"{type(model).__name__}: SDPA cannot compute its attention: "
+                f"{', '.join(more) or 'transformers does not say why'} (softcap means soft-capped "
                 "scores, as in Gemma-2); use Llama, Qwen, GPT-NeoX or their like"
             )
         return call.attend()

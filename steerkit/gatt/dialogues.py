@@ -194,10 +194,10 @@ def make_rows(
     Only verified replies are taught.
 
     So the earlier replies may be anything. In the paper they are the sample's own, which obey.
-    `histories` names other kinds: each is one sample a dialogue that answers the same questions,
-    without the instruction (`neutral_plans`) or under another one (`competing_plans`), or `samples`
-    themselves. Each dialogue draws one kind for all its rows. What obeys is then, now and again,
-    the taught reply alone, and the instruction must be read.
+    `histories` lists the kinds to draw from, `samples` themselves among them if they are wanted.
+    Each kind answers the same questions, one sample for each dialogue: without the instruction
+    (`neutral_plans`), or under another one (`competing_plans`). A dialogue draws one kind for all
+    its rows. Where that history does not obey, the model can only learn to read the instruction.
 
     >>> import steerkit
     >>> from steerkit.constraints import Constraint

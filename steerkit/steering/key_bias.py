@@ -99,6 +99,7 @@ class PromptState:
 
     def __init__(self, spans: Spans, inside: float, outside: float) -> None:
         self.spans, self.length_known = span_mask(spans)  # (B,T)
+        self.end = 1 + int(self.spans.any(dim=0).nonzero().max())  # of the last span
         self.inside, self.outside = inside, outside
         self.total = 0  # keys in the cache after the running forward, or the last one
         self.prompt = torch.empty(0, 0)  # tokens of the last forward that was taken for a prompt
@@ -114,11 +115,10 @@ class PromptState:
 
         `tokens` are ids (B,n) or embeddings (B,n,width).
         """
-        end = int(self.spans.any(dim=0).nonzero().max()) + 1
-        if end > getattr(cache, "never_evicted", end):
+        if self.end > getattr(cache, "never_evicted", self.end):
             raise ValueError(
-                f"a span ends at token {end}, and this cache (SinkCache) evicts all tokens but the "
-                f"first {cache.never_evicted}: make it with sinks={end} or more"
+                f"a span ends at token {self.end}, and this cache (SinkCache) evicts all but the "
+                f"first {cache.never_evicted} tokens: make it with sinks={self.end} or more"
             )
         seen = 0 if cache is None else int(cache.get_seq_length())
         batch, new = tokens.shape[:2]
