@@ -3,6 +3,7 @@
 import html
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,9 @@ def test_show_writes_displays_and_closes(tmp_path: Path, monkeypatch: pytest.Mon
     page = displayed[0].data
     assert f'<img alt="{html.escape(TEXTS["alt"])}" src="data:image/png;base64,' in page
     assert f"<figcaption>{html.escape(TEXTS['caption'])}</figcaption>" in page
+    # Sharp on a projector: more pixels than the width at which it is shown.
+    pixels, shown = int.from_bytes(one[16:20]), re.search(r'style="width:(\d+)px', page)
+    assert 1.4 < pixels / int(shown[1]) < 1.5
 
 
 def test_a_picture_for_a_widget_is_repeatable_described_and_closed() -> None:

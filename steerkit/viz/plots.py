@@ -29,6 +29,7 @@ from steerkit.statistics import bootstrap
 with plt.style.context("steerkit.viz.steerkit"):
     _CYCLE = plt.rcParams["axes.prop_cycle"].by_key()
 COLOURS, MARKERS = _CYCLE["color"], _CYCLE["marker"]
+SCREEN_DPI, PROJECTOR_DPI = 110, 160  # a stored figure is sharp on a projector, and no larger
 
 
 # Figures that leave the notebook
@@ -43,31 +44,32 @@ def show(fig: Figure, name: str, *, out: Path, caption: str, alt: str, values: d
     if not (caption.strip() and alt.strip()):
         raise ValueError(f"figure {name!r} has an empty caption or alt: say in words what it shows")
     refuse_folders(name)
-    png = _image(fig, "png", metadata={"Software": None})
+    width = round(SCREEN_DPI * fig.get_figwidth())
+    png = _image(fig, "png", dpi=PROJECTOR_DPI, metadata={"Software": None})
     write_bytes(Path(out) / f"{name}.png", png)
     record = {"figure": name, "caption": caption, "alt": alt, "values": values}
     write_json(Path(out) / f"{name}.json", record)
     if get_ipython() is not None:  # outside a notebook the files are the result
-        display(HTML(_figure_html("png", png, caption, alt)))
+        display(HTML(_figure_html("png", png, caption, alt, f"width:{width}px;")))
 
 
 def picture(fig: Figure, *, caption: str, alt: str) -> str:
     """The figure as HTML with the picture in it, for a widget; closes `fig`, writes nothing."""
     # Lossless WebP has a third of a PNG's bytes, and a widget sends a picture at each move.
-    image = _image(fig, "webp", pil_kwargs={"lossless": True})
+    image = _image(fig, "webp", dpi=SCREEN_DPI, pil_kwargs={"lossless": True})
     return _figure_html("webp", image, caption, alt)
 
 
 def _image(fig: Figure, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    fig.savefig(buffer, format=kind, dpi=110, **options)
+    fig.savefig(buffer, format=kind, **options)
     plt.close(fig)
     return buffer.getvalue()
 
 
-def _figure_html(kind: str, image: bytes, caption: str, alt: str) -> str:
+def _figure_html(kind: str, image: bytes, caption: str, alt: str, style: str = "") -> str:
     source = f"data:image/{kind};base64," + base64.b64encode(image).decode()
-    image = f'<img alt="{html.escape(alt)}" src="{source}" style="max-width:100%">'
+    image = f'<img alt="{html.escape(alt)}" src="{source}" style="{style}max-width:100%">'
     return f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
