@@ -21,7 +21,14 @@ from steerkit.attention.hook import (
     softmax_off_by_one,
     use_attention_function,
 )
-from steerkit.attention.maps import attention_map, attention_received, span_attention, span_share
+from steerkit.attention.maps import (
+    attention_map,
+    attention_received,
+    bin_edges,
+    bin_max,
+    span_attention,
+    span_share,
+)
 from steerkit.attention.record import attention_weights, mean_weight_on_key
 from steerkit.steering.other_methods import spotlight
 from steerkit.steering.pasta import emphasise
@@ -60,6 +67,7 @@ def test_maps_and_shares_equal_brute_force_on_eager_weights(
     close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-4)
     flat = weights.flatten(0, 1)
     close(attention_map(model, ids, bins=BINS), by_hand(flat, max))
+    close(bin_max(weights, bin_edges(T, BINS)), by_hand(flat, max))
     close(attention_map(model, ids, bins=BINS, reduce="mean", skip=SKIP), by_hand(flat, mean, SKIP))
     chosen = {"heads": [(1, 3), (0, 2), (1, 3)], "skip": 20}
     two = torch.stack([weights[0, 2], weights[1, 3]])

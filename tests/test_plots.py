@@ -141,6 +141,13 @@ def test_head_grid_writes_each_number_at_its_head_and_frames_the_marked(ax: Axes
     assert frame.get_xy() == (1.5, -0.5)
 
 
+def test_a_table_of_numbers_names_rows_and_columns_and_leaves_missing_cells_blank(ax: Axes) -> None:
+    plots.number_grid(ax, [[0.5, float("nan")]], rows=["emoji"], columns=["own", "other"])
+    assert [t.get_text() for t in ax.texts] == ["0.50", ""]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["emoji"]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["own", "other"]
+
+
 def test_head_overlap_counts_and_gives_chance(ax: Axes) -> None:
     plots.head_overlap(ax, {"a": [(0, 0), (0, 1)], "b": [[0, 1], [2, 2], [3, 3]]}, heads=12)
     texts = {t.get_position(): t.get_text() for t in ax.texts}

@@ -8,6 +8,7 @@ Axes: L layers, H query heads, Q/K query/key positions, q/k those of one chunk, 
 
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -86,6 +87,17 @@ def attention_map(
         on_sink /= bin_of.bincount()[:, None] * n
         cells = (cells.double() / (_pairs(T, bins, skip, causal) * n).clamp(min=1)).float()
     return torch.cat([on_sink, cells], dim=1) if sink else cells
+
+
+def bin_max(weights: Tensor, edges: Sequence[int]) -> Tensor:
+    """Largest weight in each pair of bins, over layers and heads: (L,H,T,T), (B+1,) -> (B,B).
+
+    Bin b is the tokens [edges[b], edges[b + 1]), so bins may follow turns. Figure 10 in one line:
+    M[b,c] is the maximum over layers, heads, queries in bin b and keys in bin c.
+    """
+    bins = list(pairwise(edges))
+    by_key = torch.stack([weights[..., a:b, :].amax((0, 1, 2)) for a, b in bins])  # (B,T)
+    return torch.stack([by_key[:, a:b].amax(1) for a, b in bins], dim=1)
 
 
 def bin_edges(T: int, bins: int) -> list[int]:

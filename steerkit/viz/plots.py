@@ -154,14 +154,29 @@ def head_grid(
     With `vmax` colours run from 0 to it, so that several grids compare. `marked` heads, as (layer,
     head), are framed.
     """
-    v = np.asarray(values, dtype=float)
-    scale = {"vmin": None if vmax is None else 0, "vmax": vmax}
-    _draw(ax, v, "layer", "head", bar, aspect="auto", **scale)
-    _write(ax, lambda layer, head: f"{v[layer, head]:.2f}")
-    ax.set(xticks=range(v.shape[1]), yticks=range(v.shape[0]))
+    number_grid(ax, values, bar=bar, vmax=vmax).set(xlabel="head", ylabel="layer")
     for layer, head in marked:
         corner = (head - 0.5, layer - 0.5)
         ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=COLOURS[5], linewidth=2.5))
+    return ax
+
+
+def number_grid(
+    ax: Axes,
+    values: Any,
+    *,
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    bar: str | None = None,
+    vmax: float | None = None,
+) -> Axes:
+    """A table (rows, columns) with each number written in its coloured cell; NaN stays blank."""
+    v = np.asarray(values, dtype=float)
+    scale = {"vmin": None if vmax is None else 0, "vmax": vmax}
+    _draw(ax, v, "", "", bar, aspect="auto", **scale)
+    _write(ax, lambda *at: "" if np.isnan(v[at]) else f"{v[at]:.2f}")
+    ax.set_xticks(range(v.shape[1]), columns)
+    ax.set_yticks(range(v.shape[0]), rows)
     return ax
 
 
