@@ -265,6 +265,26 @@ def turn_curves(
     return drawn
 
 
+def label_ends(ax: Axes, *, gap: float = 0.07) -> Axes:
+    """Write each line's name at its right end in its colour, instead of a legend.
+
+    Call it last. Names that would overlap stand `gap` apart (a share of the axes' height).
+    """
+    if ax.get_legend() is not None:
+        ax.get_legend().remove()
+    to_axes, ends = ax.transScale + ax.transLimits, []
+    for line in (line for line in ax.lines if not line.get_label().startswith("_")):
+        x, y = line.get_data()
+        last = np.flatnonzero(np.isfinite(y))[-1]
+        ends.append((to_axes.transform((x[last], y[last]))[1], line))
+    height = -gap
+    for wanted, line in sorted(ends, key=lambda end: end[0]):
+        height = max(wanted, height + gap)
+        name, colour = line.get_label(), line.get_color()
+        ax.text(1.02, height, name, color=colour, va="center", transform=ax.transAxes)
+    return ax
+
+
 def loss_panels(
     axes: Any, streams: Mapping[str, Mapping[str, Tensor]], *, edges: Sequence[int], trained: int
 ) -> dict[str, Any]:
@@ -274,16 +294,15 @@ def loss_panels(
     not computed) is left out. Returns the means drawn and, as "position", the bins' middles.
     """
     bins = list(pairwise(edges))
-    middles = [(start * end) ** 0.5 for start, end in bins]
-    axis = {"xlabel": "position (tokens)", "ylabel": "loss (nats per token)", "xscale": "log"}
+    middles = [(start + end) / 2 for start, end in bins]
+    axis = {"xlabel": "position (tokens)", "ylabel": "loss (nats per token)"}
     drawn: dict[str, Any] = {"position": middles}
     for ax, (title, losses) in zip(axes, streams.items(), strict=True):
         drawn[title] = {k: [x[a:b].nanmean() for a, b in bins] for k, x in losses.items()}
         curves(ax, middles, drawn[title], title=title, **axis)
         ax.axvline(trained, color="0.4", linewidth=1, linestyle="-", marker="")
         ax.get_legend().remove()
-    lines = axes[0].get_legend_handles_labels()
-    axes[0].figure.legend(*lines, loc="outside right center")
+    label_ends(axes[-1])
     return drawn
 
 
