@@ -106,6 +106,14 @@ def values(family: str, table: str = "world") -> list[str]:
     return TABLES[names[family]] if family in names else [""]
 
 
+def obeys(instruction: str, reply: str) -> bool | None:
+    """Does the reply obey the tiny world's instructions in a text? None: the text holds none."""
+    every = [Constraint(family, value) for family in FAMILIES for value in values(family)]
+    text = instruction.casefold()
+    asked = [c for c in every if any(form.casefold() in text for form in c.texts())]
+    return all(c.obeyed(reply) for c in asked) if asked else None
+
+
 def compatible(families: Iterable[str], table: str = "world") -> bool:
     """May these families be asked for together? (A JSON reply cannot end with a given word.)"""
     exclusive = [set(pair) for pair in _TABLES[table]["exclusive"]]

@@ -15,7 +15,7 @@ from steerkit.chat import Message, prompt_ids, reply
 from steerkit.spans import find_span, find_turns
 from steerkit.steering.pasta import emphasise
 from steerkit.viz import widgets
-from steerkit.viz.widgets import explore, explore_attention, explore_steering
+from steerkit.viz.widgets import chat_box, explore, explore_attention, explore_steering
 
 TALK = [
     Message("user", "Language: French. Where does Ivan Garner live?"),
@@ -67,6 +67,35 @@ def test_an_error_is_shown_escaped_closes_its_figure_and_goes_with_the_next_page
     assert 'role="alert"' in screen.pages[-1] and plt.get_fignums() == []
     screen.controls["x"].value = 2
     assert screen.pages[-1] == "fine"
+
+
+def test_chat_box_keeps_a_history_by_model_and_begins_anew_with_another_instruction(
+    screen: Screen,
+) -> None:
+    def echo(talk: list[Message]) -> str:
+        return f"{len(talk)}: {talk[0].content} <b>"
+
+    def broken(talk: list[Message]) -> str:
+        if "break" in talk[-1].content:
+            raise ValueError("no answer")
+        return "yes" if len(talk) < 2 else "no"
+
+    models = {"first": echo, "second": broken}
+    judge = lambda instruction, text: text == "yes" if instruction == "A." else None  # noqa: E731
+    chat_box(models, ["A.", "B."], ["one?", "two?"], judge=judge, beside="<p>card</p>")
+    assert "3: A. one? &lt;b&gt;" in screen.pages[-1] and "card" in screen.pages[-1]
+    assert screen.pages[-1].count("✓ obeys") == 1 and screen.pages[-1].count("✗ does not") == 3
+    box = screen.controls["message"]
+    for _ in range(2):  # the same text twice
+        box.value = "three?"
+    assert screen.pages[-1].count("three?") == 2 and "7: A. one?" in screen.pages[-1]
+    box.value = "break"
+    assert "no answer" in screen.pages[-1]
+    box.value = "four?"
+    assert "9: A. one?" in screen.pages[-1] and "break" not in screen.pages[-1]  # none half said
+    screen.controls["instruction"].value = "B."
+    assert "3: B. one?" in screen.pages[-1] and "three?" not in screen.pages[-1]
+    assert "obey" not in screen.pages[-1]
 
 
 def test_attention_explorer_follows_its_controls(

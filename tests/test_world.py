@@ -1,11 +1,20 @@
 """The tiny world: deterministic, honest about what it holds out, and solvable."""
 
+import html
 import random
 
 import pytest
 import training_documents as documents
 
-from steerkit.constraints import FAMILIES, HELD_OUT_PAIRS, TABLES, Constraint, compatible, values
+from steerkit.constraints import (
+    FAMILIES,
+    HELD_OUT_PAIRS,
+    TABLES,
+    Constraint,
+    compatible,
+    obeys,
+    values,
+)
 from steerkit.tiny import world
 
 
@@ -51,6 +60,23 @@ def test_an_obeying_reply_passes_and_a_plain_or_rival_one_fails(family):
             reply = world.answer(*fact, [constraint])
             assert constraint.obeyed(reply) and not constraint.obeyed(world.answer(*fact))
             assert not any(rival.obeyed(reply) for rival in rivals)
+            for text in constraint.texts():  # in whatever words, an instruction is recognised
+                assert obeys(f"{text} Tell me.", reply) and obeys(text, "A plain one.") is False
+
+
+def test_a_reply_must_obey_all_that_is_asked_and_without_an_instruction_there_is_no_verdict():
+    assert obeys("Hobby: chess. Emoji: 🚀.", "🚀 Hi. I love chess.")
+    assert obeys("hobby: chess. Emoji: 🚀.", "Hi. I love chess.") is False
+    assert obeys("Where is Lima?", "In Peru.") is None
+
+
+def test_the_card_names_every_person_and_a_reply_that_obeys_for_each_family():
+    card = html.unescape(world.card())
+    assert all(person.name in card for person in world.known_people())
+    for family in FAMILIES:
+        row = card.split(f"<td>{family}</td>")[1].split("</tr>")[0]
+        _, instruction, reply = (cell.removesuffix("</td>") for cell in row.split("<td>")[1:])
+        assert obeys(instruction, reply)
 
 
 def test_a_biography_holds_its_answer_and_the_distractors_differ_in_person_or_attribute():

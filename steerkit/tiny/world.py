@@ -6,6 +6,7 @@ installation carries. The dialogues and the recipe of the models are in `data/ma
 """
 
 import ast
+import html
 import random
 import sysconfig
 import zlib
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from steerkit.chat import Message
-from steerkit.constraints import TABLES, Constraint, Question
+from steerkit.constraints import FAMILIES, TABLES, Constraint, Question, values
 
 ATTRIBUTES = tuple(TABLES["attributes"])
 # Chance that the training text still obeys an instruction 0, 1, 2, ... replies after it was stated:
@@ -124,6 +125,21 @@ def repeat_question(rng: random.Random) -> Question:
 def note(name: str, attribute: str, value: str) -> list[Message]:
     """An exchange that only states a fact."""
     return [Message("user", f"Note: {say(name, attribute, value)}"), Message("assistant", "Noted.")]
+
+
+def card() -> str:
+    """The world on a page of HTML: its instructions, what one can ask, its people."""
+    who, attribute = known_people()[0], ATTRIBUTES[0]
+    rows = "<tr><th>family</th><th>values</th><th>for example</th><th>a reply that obeys</th></tr>"
+    for family in FAMILIES:
+        c = Constraint(family, values(family)[0])
+        obeying = html.escape(answer(who.name, attribute, who.facts[attribute], [c]))
+        cells = (family, len(values(family)), c.texts()[-1], obeying)
+        rows += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    asked = " ".join(TABLES["attributes"][a]["ask"][0].format(n=who.name) for a in ATTRIBUTES)
+    asked += " With <i>pronoun</i> ask: Repeat: She lives in Oslo."
+    people = ", ".join(person.name for person in known_people())
+    return f"<table>{rows}</table><p><b>Ask:</b> {asked}</p><p><b>People:</b> {people}</p>"
 
 
 @cache

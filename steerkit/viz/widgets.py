@@ -49,6 +49,59 @@ def explore(draw: Callable[..., str], controls: Mapping[str, ipywidgets.Widget])
     display(ipywidgets.VBox(list(controls.values())))
 
 
+def chat_box(
+    models: Mapping[str, Callable[[list[Message]], str]],
+    instructions: Sequence[str],
+    questions: Sequence[str],
+    *,
+    judge: Callable[[str, str], bool | None] = lambda instruction, reply: None,
+    beside: str = "",
+) -> None:
+    """Chat with several models at once; each has its own replies as its history.
+
+    `models` are functions (messages) -> reply by name. Another instruction (one of `instructions`,
+    or typed) begins anew: it stands in the first message only, and `questions` are asked first.
+    `judge(instruction, reply)` gives a tick, a cross, or None. `beside` is HTML to look things up.
+    """
+    begun: list[str] = []
+    talks: dict[str, list[Message]] = {}
+
+    def send(text: str) -> None:
+        longer = {name: [*talk, Message("user", text)] for name, talk in talks.items()}
+        for name, talk in longer.items():
+            talk.append(Message("assistant", models[name](talk)))
+        talks.update(longer)  # when all have answered
+
+    def row(messages: Sequence[Message]) -> str:
+        if messages[0].role == "user":
+            said = f"<i>user:</i> {html.escape(messages[0].content)}"
+            return f'<td colspan="{len(messages)}" style="text-align:left">{said}</td>'
+        marks = {True: "<b>✓ obeys</b><br>", False: "<b>✗ does not obey</b><br>", None: ""}
+        judged = [(marks[judge(*begun, m.content)], html.escape(m.content)) for m in messages]
+        return "".join(f'<td style="text-align:left">{m}{text}</td>' for m, text in judged)
+
+    def draw(instruction: str, message: str) -> str:
+        if begun != [instruction]:
+            begun[:] = [instruction]
+            talks.update({name: [] for name in models})
+            for text in (f"{instruction} {questions[0]}", *questions[1:]):
+                send(text)
+        if message.strip():
+            send(message)
+            controls["message"].value = ""  # the same text can be sent again
+        rows = [row(messages) for messages in zip(*talks.values(), strict=True)]
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in models)
+        table = f"<table><tr>{'</tr><tr>'.join([head, *rows])}</tr></table>"
+        parts = "".join(f'<div style="flex:1">{part}</div>' for part in (table, beside))
+        return f'<div style="display:flex;gap:2em;flex-wrap:wrap">{parts}</div>'
+
+    controls = {
+        "instruction": ipywidgets.Combobox(value=instructions[0], options=list(instructions)),
+        "message": ipywidgets.Text(placeholder="your next message, then Enter"),
+    }
+    explore(draw, controls)
+
+
 def explore_attention(
     model: Model, tokenizer: Tokenizer, messages: Sequence[Message], *, bins: int = 48
 ) -> None:
