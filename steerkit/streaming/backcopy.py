@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -197,10 +199,18 @@ def load_run(name: str, seed: int = 0, *, step: int | None = None) -> tuple[Mode
     """
     recipe = replace(RUNS[name], seed=seed)
     model, step = new_model(recipe), recipe.steps if step is None else step
-    folder = f"{name.replace(' ', '_')}-seed{seed}"
-    weights = load_file(DATA / "backcopy" / folder / f"step-{step}.safetensors")
+    weights = load_file(_folder(name, seed) / f"step-{step}.safetensors")
     model.load_state_dict(weights, strict=False)  # the LM head is the embedding, stored once
     return model, recipe
+
+
+def load_log(name: str, seed: int = 0) -> pd.DataFrame:
+    """What training a stored run wrote down every 50 steps: step, tokens, loss (nats), ..."""
+    return pd.read_json(_folder(name, seed) / "log.jsonl", lines=True)
+
+
+def _folder(name: str, seed: int) -> Path:
+    return DATA / "backcopy" / f"{name.replace(' ', '_')}-seed{seed}"
 
 
 # --- what is measured --------------------------------------------------------------------------
