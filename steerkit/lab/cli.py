@@ -11,7 +11,6 @@ examples:
 """
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,8 +86,10 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _notebooks(args: argparse.Namespace) -> int:
-    shutil.copytree(NOTEBOOKS, args.folder, ignore=shutil.ignore_patterns("runs", ".*", "__*"))
-    print(*sorted(args.folder.glob("*.ipynb")), sep="\n")
+    from steerkit.lab import exercises, runner
+
+    paths = sorted(NOTEBOOKS.glob(runner.NAMES))
+    print(*exercises.copy_notebooks(paths, {args.folder: lambda notebook: notebook}), sep="\n")
     return 0
 
 

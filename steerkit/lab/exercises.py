@@ -2,47 +2,119 @@
 
 An exercise is a question cell `**1 (5 minutes).** ... *Hint: ...*` and one code cell below it,
 tagged `exercise`: lines that the student gets, `# Solution` and its lines, and the block
-`with exercise(1, answer):` whose asserts check the answers that it names.
+`with exercise(1, answer):` whose asserts check the answers that it names. In the brackets may stand
+`(15 minutes, difficulty 2 of 3, importance 3 of 3)`.
 """
 
+import ast
+import dis
+import inspect
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import torch
 from IPython.display import display
 from nbformat import NotebookNode
 
-from steerkit.files import NOTEBOOKS, write_text
+from steerkit.files import NOTEBOOKS, write_bytes
 
 TAG = "exercise"
 RIGHT, OPEN, GONE = "right", "not done yet", "no verdict: its cell is gone"
-QUESTION = re.compile(r"\*\*(\d+) \(\d+ minutes\)\.\*\*.*?(\s*\*Hint: (.+?)\*\s*)\Z", re.DOTALL)
+QUESTION = re.compile(
+    r"\*\*(\d+) \(\d+ minutes(?:, difficulty [123] of 3, importance [123] of 3)?\)\.\*\*.*?"
+    r"(\s*\*Hint: (.+?)\*\s*)\Z",
+    re.DOTALL,
+)
 ANSWER = re.compile(
     r"(?P<given>.*?)^# Solution\b.*?\n(?P<solution>.*?)"
     r"(?P<check>^with exercise\((?P<number>\d+), (?P<names>\w+(?:, \w+)*)\):\n.*)",
     re.DOTALL | re.MULTILINE,
 )
+LINK = re.compile(r"\]\(((?:\.\./)?[^)#:\s]+)")  # a file beside the notebook or its folder
 WELCOME = """*Your copy.* In the exercises below, replace each `...` by your answer and run the
-cell: it says whether the answer is right. `steerkit check NOTEBOOK` runs the whole notebook at
-small size and lists them all."""
+cell: it says whether the answer is right, or what is wrong with it. `steerkit check NOTEBOOK` runs
+the whole notebook at small size and lists them all."""
 
 
 @contextmanager
 def exercise(number: int, *answers: Any) -> Iterator[None]:
     """Show whether an exercise is right; an answer that is still `...` is no error, only not done.
 
-    A wrong answer raises what the block raises.
+    So is a function that only returns `...`. A wrong answer raises what the block raises.
     """
-    unsolved = any(answer is ... for answer in answers)
+    unsolved = any(map(_unsolved, answers))
     with suppress(Exception) if unsolved else nullcontext():
         yield
     state = OPEN if unsolved else RIGHT
     display({"text/plain": f"Exercise {number}: {state}."}, raw=True)
+
+
+def _unsolved(answer: Any) -> bool:
+    """Whether it is `...`, or a function whose first step loads that: a stub's `return ...`."""
+    if not inspect.isfunction(answer):
+        return answer is ...
+    return next(i for i in dis.get_instructions(answer) if i.opname != "RESUME").argval is ...
+
+
+def compare(yours: Callable, ours: Callable, *cases: Sequence[Any]) -> None:
+    """Assert that two functions return the same for each tuple of arguments.
+
+    AssertionError names the case, the place in it, and both values or shapes. Each call gets copies
+    of its arguments. Numbers are the same within 1e-4 of ours, or 1e-6.
+    """
+    for number, case in enumerate(cases, start=1):
+        wrong = _difference(yours(*deepcopy(case)), ours(*deepcopy(case)), "yours")
+        assert not wrong, f"case {number} of {len(cases)}: {wrong}"
+
+
+def _difference(mine: Any, wanted: Any, place: str) -> str:
+    """Where `mine` first differs from `wanted`, as a sentence; empty if it is the same."""
+    own, ours = _numbers(mine), _numbers(wanted)
+    if ours is None:
+        return _difference_of_parts(mine, wanted, place)
+    if own is None:
+        return f"{place} is {mine!r}, expected numbers of shape {tuple(ours.shape)}"
+    if own.shape != ours.shape:
+        return f"{place} has shape {tuple(own.shape)}, expected {tuple(ours.shape)}"
+    off = ~own.isclose(ours, rtol=1e-4, atol=1e-6, equal_nan=True)
+    if not off.any():
+        return ""
+    at = tuple(off.nonzero()[0].tolist())
+    where = f"{place}{list(at)}" if at else place
+    told = f"{where} is {own[at]:.6g}, expected {ours[at]:.6g}"
+    return f"{told}; {int(off.sum())} of {off.numel()} values differ"
+
+
+def _difference_of_parts(mine: Any, wanted: Any, place: str) -> str:
+    """The same for lists, dicts and texts."""
+    own, ours = _parts(mine), _parts(wanted)
+    if ours is None:
+        return "" if mine == wanted else f"{place} is {mine!r}, expected {wanted!r}"
+    if own is None:
+        return f"{place} is {mine!r}, expected {len(ours)} entries"
+    if own.keys() != ours.keys():
+        return f"{place} has the entries {list(own)}, expected {list(ours)}"
+    parts = (_difference(own[key], ours[key], f"{place}[{key!r}]") for key in ours)
+    return next(filter(None, parts), "")
+
+
+def _numbers(value: Any) -> torch.Tensor | None:
+    try:
+        return torch.as_tensor(value).detach().cpu().double()
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _parts(value: Any) -> dict[Any, Any] | None:
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    return value if isinstance(value, dict) else None
 
 
 def student_copy(notebook: NotebookNode) -> NotebookNode:
@@ -66,29 +138,51 @@ def student_copy(notebook: NotebookNode) -> NotebookNode:
 
 
 def _stub(answer: re.Match[str]) -> str:
-    """The student's cell: what is given, an ellipsis for each answer, the check."""
-    lines = []
+    """The student's cell: what is given, a stub for each answer, the check."""
+    lines = answer["solution"].splitlines()
+    statements = ast.parse(answer["solution"]).body
+    functions = {node.name: node for node in statements if isinstance(node, ast.FunctionDef)}
+    stubs = []
     for name in answer["names"].split(", "):
-        signature = re.search(rf"^def ({name}\(.*\)).*:", answer["solution"], re.MULTILINE)
-        wish = f": a function {signature[1]}" if signature else ""
-        lines.append(f"{name} = ...  # your code{wish}\n")
-    return answer["given"] + "".join(lines) + answer["check"]
+        if node := functions.get(name):
+            told = ast.get_docstring(node) is not None
+            end = node.body[0].end_lineno if told else node.body[0].lineno - 1
+            stubs += [*lines[node.lineno - 1 : end], "    return ...  # your code", "", ""]
+        else:
+            stubs.append(f"{name} = ...  # your code")
+    return answer["given"] + "\n".join(stubs) + "\n" + answer["check"]
 
 
 def write_copies(notebooks: Sequence[Path], out: Path) -> list[Path]:
-    """Write out/student/<name>.ipynb and out/answers/<name>.ipynb; a copy that was edited since
-    is not replaced."""
-    texts = {}
+    """Write out/student/<name>.ipynb and out/answers/<name>.ipynb, as `copy_notebooks` does."""
+    folders = {out / "student": student_copy, out / "answers": lambda notebook: notebook}
+    return copy_notebooks(notebooks, folders)
+
+
+def copy_notebooks(
+    notebooks: Sequence[Path], folders: Mapping[Path, Callable[[NotebookNode], NotebookNode]]
+) -> list[Path]:
+    """Write each notebook into each folder, changed by its function, and the files it links to.
+
+    `../docs` becomes `docs`, so that a folder needs nothing around it. A file that was edited since
+    is not replaced: ValueError before anything is written.
+    """
+    files: dict[Path, bytes] = {}
     for path in notebooks:
-        notebook = nbformat.read(path, as_version=4)
-        texts[out / "student" / path.name] = nbformat.writes(student_copy(notebook)) + "\n"
-        texts[out / "answers" / path.name] = nbformat.writes(notebook) + "\n"
-    for path, text in texts.items():
-        if path.exists() and path.read_text(encoding="utf-8") != text:
+        for folder, change in folders.items():
+            notebook = change(nbformat.read(path, as_version=4))
+            text = nbformat.writes(notebook).replace("](../", "](") + "\n"
+            files[folder / path.name] = text.encode()
+            words = "".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+            for link in LINK.findall(words):
+                if (source := path.parent / link).is_file() and source.suffix != path.suffix:
+                    files[folder / link.removeprefix("../")] = source.read_bytes()
+    for path, content in files.items():
+        if path.exists() and path.read_bytes() != content:
             raise ValueError(f"{path} exists and differs: move it away, or choose another folder")
-    for path, text in texts.items():
-        write_text(path, text)
-    return list(texts)
+    for path, content in files.items():
+        write_bytes(path, content)
+    return [path for path in files if path.suffix == ".ipynb"]
 
 
 def grade(path: Path, key: Path = NOTEBOOKS) -> list[str]:
@@ -128,7 +222,7 @@ def _put_assertions(notebook: NotebookNode, number: int, original: NotebookNode)
     for cell in notebook.cells:
         if cell.cell_type == "code" and (cell.id == original.id or block.search(cell.source)):
             answer = block.sub("", cell.source)
-            cell.source = f"{answer}\nfrom steerkit.lab.exercises import {TAG}\n{check}"
+            cell.source = f"{answer}\nfrom steerkit.lab.exercises import compare, {TAG}\n{check}"
             # After a wrong answer on to the next exercise.
             cell.metadata["tags"] = ["raises-exception", f"attempt-{number}"]
 
