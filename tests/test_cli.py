@@ -66,6 +66,9 @@ def test_a_run_changes_nothing_that_git_follows_and_store_does(root):
     noisy = "import sys, steerkit\nprint(steerkit.__file__)\nprint('  5%|x', file=sys.stderr)"
     widget = "from tqdm.auto import tqdm\nfor i in tqdm(range(3)): pass\nprint('end')"
     path = write_notebook(root, "01", [claim("01"), noisy, widget, "1 + 1"])
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[1].metadata = collapsed = {"jupyter": {"source_hidden": True}}
+    nbformat.write(notebook, path)
     (root / ".gitignore").write_text((ROOT / ".gitignore").read_text())
 
     def git(*arguments: str) -> list[str]:
@@ -89,7 +92,8 @@ def test_a_run_changes_nothing_that_git_follows_and_store_does(root):
     assert output_of(path) == ["", "", "steerkit/__init__.py\n", "end\n", ""]
     assert [cell.execution_count for cell in notebook.cells] == [1, 2, 3, 4, 5]
     assert notebook.cells[4].outputs[0].data == {"text/plain": "2"}
-    assert all(cell.metadata in ({}, {"tags": ["parameters"]}) for cell in notebook.cells)
+    metadata = [{"tags": ["parameters"]}, collapsed, {}, {}, {}]
+    assert [cell.metadata for cell in notebook.cells] == metadata
     assert notebook.metadata.keys() == {"kernelspec", "language_info"}
     assert cli.main(["run", "--store"]) == 0
     assert path.read_text() == first

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,17 @@ from pathlib import Path
 import pytest
 
 from steerkit.files import ROOT
+
+
+def links_of(folder: Path) -> set[str]:
+    """Files that the notebooks in a folder link to, as written there."""
+    cells = [
+        cell
+        for path in folder.glob("*.ipynb")
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+    ]
+    text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return set(re.findall(r"\]\((?!https?:)([^)#\s]+)", text))
 
 
 @pytest.mark.first(50)
@@ -44,6 +56,9 @@ def test_a_wheel_brings_models_and_notebooks_and_they_run(tmp_path):
     assert Path(run(python, "-c", load).strip()).is_relative_to(packages)
     run(steerkit, "notebooks", "course")
     course = tmp_path / "course"
+    links = links_of(course)
+    assert {Path(link).suffix for link in links} >= {".ipynb", ".md", ".svg"}
+    assert [link for link in links if not (course / link).exists()] == []
     printed = run(steerkit, "run", "--only", "00", "--profile", "smoke", cwd=course)
     assert "runs/smoke" in printed
     record = json.loads((course / "runs" / "smoke" / "00_start_here" / "run.json").read_text())

@@ -179,8 +179,8 @@ def stripped(notebook: NotebookNode) -> str:
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     for cell in notebook.cells:
-        tags = cell.metadata.get("tags")
-        cell.metadata = {"tags": tags} if tags else {}
+        kept = {key: cell.metadata.get(key) for key in ("tags", "jupyter")}  # set-up is collapsed
+        cell.metadata = {key: value for key, value in kept.items() if value}
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
     return nbformat.writes(notebook).replace(f"{ROOT}{os.sep}", "") + "\n"
