@@ -102,6 +102,11 @@ def test_heat_map_blanks_only_what_a_causal_query_cannot_see(
     assert words(ax.get_yticklabels()) == rows
 
 
+def test_numbers_stand_in_the_cells_that_a_query_can_see(ax: Axes) -> None:
+    plots.heat_map(ax, [[1.0, 0.0], [0.25, 0.75]], numbers=True)
+    assert words(ax.texts) == ["1.00", "", "0.25", "0.75"]
+
+
 def test_differences_are_centred_and_less_is_marked_for_grey(ax: Axes) -> None:
     plots.difference_map(ax, [[0.5, 0.0], [-0.2, -0.01]])
     image = ax.images[0]
@@ -207,6 +212,12 @@ def test_labels_at_the_ends_stand_at_their_lines_and_never_on_each_other(ax: Axe
     lines = [ax.lines[n] for n in (0, 1, 3, 2)]
     assert [text.get_color() for text in ax.texts] == [line.get_color() for line in lines]
     assert ax.get_legend() is None
+
+    _, free = plt.subplots()  # limits that nobody set
+    plots.label_ends(plots.curves(free, [0, 1], {"one": [5.0, 4.0], "two": [5.0, 3.0]}))
+    assert [text.get_text() for text in free.texts] == ["two", "one"]
+    assert 0 < free.texts[0].get_position()[1] < free.texts[1].get_position()[1] < 1
+    plt.close("all")
 
 
 def test_ablation_draws_each_interval_and_the_reference(ax: Axes) -> None:

@@ -83,15 +83,19 @@ def heat_map(
     labels: Sequence[str] | None = None,
     vmax: float | None = None,
     bar: str | None = "attention weight",
+    numbers: bool = False,
 ) -> Axes:
     """Attention weights (Q, K), queries down, keys across; `labels` names the tokens.
 
     `bar` is the colour bar's title; None leaves it out. What a causal query cannot see is blank.
+    With `numbers` each weight is written in its cell.
     """
     w = np.asarray(weights, dtype=float)
     q, k = w.shape
     unseen = np.triu(np.ones((q, k), dtype=bool), 1 + k - q) & (w == 0)
     _draw(ax, np.ma.array(w, mask=unseen), "query position", "key position", bar, vmin=0, vmax=vmax)
+    if numbers:
+        _write(ax, lambda *at: "" if unseen[at] else f"{w[at]:.2f}")
     if labels is not None:
         ax.set_xticks(range(k), labels[:k], rotation=60, ha="right")
         ax.set_yticks(range(q), labels[k - q : k])
@@ -272,6 +276,7 @@ def label_ends(ax: Axes, *, gap: float = 0.07) -> Axes:
     """
     if ax.get_legend() is not None:
         ax.get_legend().remove()
+    ax.get_ylim()  # the limits are found when they are asked for
     to_axes, ends = ax.transScale + ax.transLimits, []
     for line in (line for line in ax.lines if not line.get_label().startswith("_")):
         x, y = line.get_data()
