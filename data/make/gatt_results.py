@@ -2,7 +2,8 @@
 
 `python data/make/gatt_results.py run --out DIR` makes them, one JSON and one CSV file per arm and
 seed, and passes over those that are there (an hour on one core). `collect` joins the files into
-data/gatt_replies.csv and data/gatt_runs.json; `ship` copies one seed's adapter to data/tiny-gatt.
+data/gatt_replies.csv and data/gatt_runs.json; `ship` copies one seed's adapters to data/tiny-gatt
+and data/tiny-gatt-mixed.
 """
 
 import argparse
@@ -214,7 +215,8 @@ def measure_arm(arm: Arm, model: Model, tokenizer: Tokenizer, seed: int) -> pd.D
             plans = evaluation_plans(seed, FOREIGN, **options)
             if name in ("competing", "mixed"):  # no rival of an only value
                 plans = [p for p in plans if len(values(p.constraints[0].family)) > 1]
-            adherence = adherence_by_turn(model, tokenizer, plans, forced=HISTORIES[name])
+            how = {"every": arm.every, "forced": HISTORIES[name]}
+            adherence = adherence_by_turn(model, tokenizer, plans, **how)
             tables.append(judged(plans, adherence).assign(split=split, history=name))
     return pd.concat(tables, ignore_index=True).assign(seed=seed)
 
@@ -381,7 +383,8 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.command == "ship":
-        ship(options.out / f"gatt-{options.seeds[0]}", DATA / "tiny-gatt")
+        for arm in ("gatt", "gatt-mixed"):
+            ship(options.out / f"{arm}-{options.seeds[0]}", DATA / f"tiny-{arm}")
     elif options.command == "collect":
         collect(options.out, options.arms, options.seeds)
     else:
