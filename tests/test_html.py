@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from steerkit.chat import Message
 from steerkit.spans import Turn, find_turns
-from steerkit.viz.html import _SHADES, attention_page, mask_page, token_texts
+from steerkit.streaming.sink_cache import visible
+from steerkit.viz.html import _SHADES, attention_page, cache_page, mask_page, token_texts
 
 SHADES = [f"#{shade}" for shade in _SHADES]
 TEXTS = ["Say", " <b>", ' "no" & go', "\n", "<script>alert(1)</script>"]
@@ -103,3 +104,11 @@ def test_a_token_keeps_its_space_where_a_tokenizer_strips_it() -> None:
 def test_turns_of_another_text_are_refused() -> None:
     with pytest.raises(ValueError, match="turns of 4 tokens, a text of 5"):
         attention_page(TEXTS, VALUES, [Turn(1, "user", 0, 4)], title="t")
+
+
+def test_a_cache_strikes_out_what_it_evicted_and_numbers_the_slots_of_the_rest() -> None:
+    page = cache_page(["A", " <b>", " cat", "\n", " sat"], visible(4, 1, 2), 1)
+    assert Page(page).text == "A0 <b> cat1↵2 sat35 tokens read, 4 kept, 1 evicted"
+    struck = re.findall(r"<s [^>]*>(.*?)</s>", page)
+    assert struck == [" &lt;b&gt;"] and page.count("#b9e6d6") == 1
+    assert "0 evicted" in cache_page(["A"], visible(0, 4, 8), 4)

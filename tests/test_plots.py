@@ -188,21 +188,6 @@ def test_turn_curves_are_means_with_bootstrap_bands(ax: Axes) -> None:
     assert all(torch.equal(a, b) for a, b in zip(drawn["base"], (mean, low, high), strict=True))
 
 
-def test_loss_panels_draw_means_of_what_was_computed_between_the_edges() -> None:
-    fig, axes = plt.subplots(1, 2)
-    losses = torch.tensor([1.0, 2.0, 3.0, 5.0, 9.0])
-    every_second = torch.tensor([torch.nan, 2.0, torch.nan, 5.0, torch.nan])
-    streams = {"a": {"all": losses, "some": every_second}, "b": {"all": losses, "some": losses}}
-    drawn = plots.loss_panels(axes, streams, edges=[1, 2, 4], trained=2)
-    assert drawn["position"] == [1.5, 3]
-    assert drawn["a"] == {"all": [2.0, 4.0], "some": [2.0, 5.0]}
-    assert [line.get_ydata().tolist() for line in axes[0].lines[:2]] == list(drawn["a"].values())
-    assert set(axes[1].lines[-1].get_xdata()) == {2} and axes[1].get_title() == "b"
-    assert words(axes[1].texts) == ["all", "some"]
-    assert axes[0].get_legend() is None and not axes[0].texts
-    plt.close(fig)
-
-
 def test_labels_at_the_ends_stand_at_their_lines_and_never_on_each_other(ax: Axes) -> None:
     ys = {"low": [5.0, 1.0], "twin": [2.0, 1.0], "high": [3.0, 100.0], "short": [10.0, np.nan]}
     plots.curves(ax, [0, 1], ys, yscale="log", ylim=(1, 100), xlim=(0, 1))

@@ -40,19 +40,23 @@ def decode_pace(model: PreTrainedModel, *, cache: int, repeats: int = 15) -> dic
     """Milliseconds to decode a token, by method, with `cache` tokens in sight (batch 1).
 
     Streaming keeps 4 + (`cache` - 4) keys. Dense has just as many at first and grows: its time is
-    that of this length. Re-computation reads the last `cache` tokens anew.
+    that of this length. Re-computation reads the last `cache` tokens anew. "no sinks" keeps as
+    many keys as streaming, all recent: the difference is what moving the sinks costs.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = (torch.arange(cache, device=model.device) % vocabulary)[None]
     streaming = SinkCache(model, sinks=4, window=cache - 4)
+    recent = SinkCache(model, sinks=0, window=cache)
     dense = DynamicCache(config=model.config)
-    for past in (streaming, dense):
+    for past in (streaming, recent, dense):
         for piece in ids.split(256, dim=1):
             model(piece, past_key_values=past)
-    model(ids[:, :2], past_key_values=streaming)  # the cache is full: each step evicts
+    for full in (streaming, recent):
+        model(ids[:, :2], past_key_values=full)  # from now on each step evicts
     steps = {
         "dense": lambda: model(ids[:, :1], past_key_values=dense),
         "re-computation": lambda: model(ids, use_cache=False, logits_to_keep=1),
         "streaming": lambda: model(ids[:, :1], past_key_values=streaming),
+        "no sinks": lambda: model(ids[:, :1], past_key_values=recent),
     }
     return {name: 1e3 * s for name, s in interleaved(steps, repeats=repeats).items()}

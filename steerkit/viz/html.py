@@ -57,6 +57,26 @@ def attention_page(
     return f'<div style="background:#fff;color:#000;line-height:1.6">{page}</div>'
 
 
+def cache_page(texts: Sequence[str], kept: Sequence[int], sinks: int) -> str:
+    """HTML of a text behind a bounded cache: evicted tokens struck out, kept ones with their slot.
+
+    `texts` (T,) were read so far; `kept` are the numbers of those in the cache, by slot, of which
+    the first `sinks` are shaded green.
+    """
+    slot_of = {token: slot for slot, token in enumerate(kept)}
+
+    def token(number: int, text: str) -> str:
+        words = html.escape(text, quote=False).replace("\n", "↵")
+        if number not in slot_of:
+            return f'<s style="color:#767676">{words}</s>'
+        shade = "b9e6d6" if slot_of[number] < sinks else "c6dcee"
+        return f'<b style="background:#{shade}">{words}<sub>{slot_of[number]}</sub></b>'
+
+    page = "".join(token(number, text) for number, text in enumerate(texts))
+    counts = f"{len(texts)} tokens read, {len(kept)} kept, {len(texts) - len(kept)} evicted"
+    return f'<div style="background:#fff;color:#000;line-height:2"><p>{page}</p>{counts}</div>'
+
+
 def mask_page(tokenizer: Tokenizer, row: Mapping[str, Sequence[int]]) -> str:
     """HTML of one tokenised training row: tokens that carry loss (label not -100) are dark."""
     carries_loss = [float(label != -100) for label in row["labels"]]

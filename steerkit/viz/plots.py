@@ -18,7 +18,6 @@ import torch
 from IPython import get_ipython
 from IPython.display import HTML, display
 from matplotlib.pyplot import Axes, Figure, Rectangle
-from torch import Tensor
 
 from steerkit.attention.maps import bin_edges
 from steerkit.files import write_bytes, write_json
@@ -288,27 +287,6 @@ def label_ends(ax: Axes, *, gap: float = 0.07) -> Axes:
         name, colour = line.get_label(), line.get_color()
         ax.text(1.02, height, name, color=colour, va="center", transform=ax.transAxes)
     return ax
-
-
-def loss_panels(
-    axes: Any, streams: Mapping[str, Mapping[str, Tensor]], *, edges: Sequence[int], trained: int
-) -> dict[str, Any]:
-    """One panel per stream, {title: {setting: losses (T,) in nats}}: means in bins of positions.
-
-    Bins reach from one of `edges` to the next, a line marks the `trained` length, and NaN (a loss
-    not computed) is left out. Returns the means drawn and, as "position", the bins' middles.
-    """
-    bins = list(pairwise(edges))
-    middles = [(start + end) / 2 for start, end in bins]
-    axis = {"xlabel": "position (tokens)", "ylabel": "loss (nats per token)"}
-    drawn: dict[str, Any] = {"position": middles}
-    for ax, (title, losses) in zip(axes, streams.items(), strict=True):
-        drawn[title] = {k: [x[a:b].nanmean() for a, b in bins] for k, x in losses.items()}
-        curves(ax, middles, drawn[title], title=title, **axis)
-        ax.axvline(trained, color="0.4", linewidth=1, linestyle="-", marker="")
-        ax.get_legend().remove()
-    label_ends(axes[-1])
-    return drawn
 
 
 def ablation(
