@@ -20,10 +20,10 @@ def load(
 ) -> tuple[Model, Tokenizer]:
     """Model in eval mode, and its tokenizer.
 
-    `name` is an embedded model ("tiny", "tiny-stream", "tiny-gatt"), a local directory, or a hub
-    id. A directory with an adapter (PEFT's `adapter_config.json`) gives its base with the adapter
-    merged into the weights. `device` "auto" is CUDA when present; `dtype` "auto" is the
-    checkpoint's own on CUDA, float32 on a CPU.
+    `name` is an embedded model ("tiny", "tiny-stream", "tiny-gatt", "tiny-gatt-mixed"), a local
+    directory, or a hub id. A directory with an adapter (PEFT's `adapter_config.json`) gives its
+    base with the adapter merged into the weights. `device` "auto" is CUDA when present; `dtype`
+    "auto" is the checkpoint's own on CUDA, float32 on a CPU.
     Raises ValueError in one line for what cannot be loaded; never runs code from a checkpoint, and
     reads safetensors only.
 

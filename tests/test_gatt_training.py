@@ -225,14 +225,16 @@ def test_an_adapter_that_fits_nothing_gets_one_line(tmp_path, base, message):
     assert "\n" not in str(caught.value)
 
 
-def test_the_shipped_adapter_keeps_what_the_base_forgets(tiny):
+@pytest.mark.parametrize(("name", "forced"), [("gatt", None), ("gatt-mixed", tiny_gatt.neutral)])
+def test_a_shipped_adapter_keeps_what_the_base_forgets(tiny, name, forced):
     """Named as its base's, no path of the machine that made it; holds at turn 6."""
-    config = json.loads((DATA / "tiny-gatt/adapter_config.json").read_text())
+    config = json.loads((DATA / f"tiny-{name}/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny"
-    model, tokenizer = steerkit.load("tiny-gatt", device="cpu")
+    model, tokenizer = steerkit.load(f"tiny-{name}", device="cpu")
     plans = tiny_gatt.evaluation_plans(7, 2, held_out=False, turns=6)
     after, before = (
-        adherence_by_turn(m, tokenizer, plans).obeyed[:, 5].mean() for m in (model, tiny[0])
+        adherence_by_turn(m, tokenizer, plans, forced=forced).obeyed[:, 5].mean()
+        for m in (model, tiny[0])
     )
     assert after >= 0.9 and before <= 0.2
 

@@ -28,7 +28,7 @@ from steerkit.chat import (
     stop_ids,
     template_pieces,
 )
-from steerkit.constraints import FAMILIES, Constraint, values
+from steerkit.constraints import FAMILIES, Constraint, Question, values
 from steerkit.files import DATA, write_text
 from steerkit.gatt.dialogues import Plan, Sample, history
 from steerkit.gatt.evaluation import adherence_by_turn
@@ -41,7 +41,14 @@ from steerkit.steering.pasta import emphasise
 from steerkit.steering.scoring import Prompt
 from steerkit.streaming.conversation import stream_chat
 from steerkit.streaming.sink_cache import SinkCache
-from steerkit.tiny.gatt import HISTORIES, draw_constraints, evaluation_plans, judged, obeying
+from steerkit.tiny.gatt import (
+    HISTORIES,
+    draw_constraints,
+    evaluation_plans,
+    judged,
+    neutral,
+    obeying,
+)
 from steerkit.tiny.world import fact_question
 
 PROFILE, SEEDS = 0, (3, 4, 5)
@@ -208,16 +215,22 @@ def choose(swept: pd.DataFrame) -> dict[str, float]:
 
 
 def side_effects(
-    model: Model, tokenizer: Tokenizer, lever: Lever, method: Method | None, *, seed: int
+    model: Model,
+    tokenizer: Tokenizer,
+    lever: Lever,
+    method: Method | None,
+    *,
+    n: int = 48,
+    seed: int,
 ) -> dict[str, float]:
-    """What a lever breaks, as shares of 48 replies each.
+    """What a lever breaks, as shares of `n` replies each.
 
     `other`: of two instructions in one message the lever acts on the first one; is the second one
     obeyed? Without any instruction the lever acts on the first question, two turns later: is the
     reply `changed`, does it follow some instruction that nobody gave (`leak`), and what is the KL
     divergence to the plain model (`kl`, nats per token of its reply; attention methods only)?
     """
-    n, rng = 48, random.Random(f"side effects {seed}")
+    rng = random.Random(f"side effects {seed}")
     pairs = [draw_constraints(rng, numbers=(0, 1)) for _ in range(n)]
     both = [
         [Message("user", f"{first.texts()[-1]} {second.texts()[-1]} {fact_question(rng).text}")]
@@ -226,7 +239,7 @@ def side_effects(
     answers = lever(model, tokenizer, both, [first.texts()[-1] for first, _ in pairs])
     other = [second.obeyed(text) for (_, second), text in zip(pairs, answers, strict=True)]
 
-    plans = [Plan((), "", tuple(fact_question(rng) for _ in range(3))) for _ in range(n)]
+    plans = [Plan((), "", three_questions(rng)) for _ in range(n)]
     quiet = [dialogue_at(plan, 3, "neutral") for plan in plans]
     wanted = [plan.questions[0].text for plan in plans]
     without, answers = (plain(model, tokenizer, quiet), lever(model, tokenizer, quiet, wanted))
@@ -237,6 +250,12 @@ def side_effects(
     if method is not None:
         broken["kl"] = divergence(model, tokenizer, method, quiet, wanted, without)
     return broken
+
+
+def three_questions(rng: random.Random) -> tuple[Question, ...]:
+    """Three different ones, so that the first one's span is found once."""
+    questions = tuple(fact_question(rng) for _ in range(3))
+    return questions if len({q.text for q in questions}) == 3 else three_questions(rng)
 
 
 @torch.no_grad()
@@ -276,7 +295,7 @@ def endless(
     for plan in evaluation_plans(seed, 1, held_out=False, turns=turns):
         family = plan.constraints[0].family
         for pin in (False, True):
-            for kind, answer in (("own", own_replies), ("neutral", neutral_replies)):
+            for kind, answer in (("own", own_replies), ("neutral", replies_among)):
                 texts = answer(model, tokenizer, plan, pin=pin, every=every)
                 for turn, text in texts.items():
                     obeyed = plan.constraints[0].obeyed(text)
@@ -304,10 +323,16 @@ def own_replies(
 
 
 @torch.no_grad()
-def neutral_replies(
-    model: Model, tokenizer: Tokenizer, plan: Plan, *, pin: bool, every: int
+def replies_among(
+    model: Model,
+    tokenizer: Tokenizer,
+    plan: Plan,
+    *,
+    pin: bool,
+    every: int,
+    forced: Callable[[Plan, int], str] = neutral,
 ) -> dict[int, str]:
-    """The model reads replies that ignore the instruction; what it says itself is not kept."""
+    """The model reads `forced` replies; what it says itself is not kept."""
     sinks = first_tokens(tokenizer, plan, pin)
     cache = SinkCache(model, sinks=sinks, window=CAPACITY - sinks)
     *_, before, after = template_pieces(
@@ -319,8 +344,7 @@ def neutral_replies(
         if turn % every == 0:
             texts[turn] = greedy(model, tokenizer, deepcopy(cache), logits)
         if turn < len(plan.questions):
-            said = HISTORIES["neutral"](plan, turn - 1)
-            piece = said + before + plan.message(turn, every=False) + after
+            piece = forced(plan, turn - 1) + before + plan.message(turn, every=False) + after
     return texts
 
 
