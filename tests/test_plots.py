@@ -153,11 +153,17 @@ def test_a_table_of_numbers_names_rows_and_columns_and_leaves_missing_cells_blan
     assert [t.get_text() for t in ax.get_xticklabels()] == ["own", "other"]
 
 
-def test_head_overlap_counts_and_gives_chance(ax: Axes) -> None:
-    plots.head_overlap(ax, {"a": [(0, 0), (0, 1)], "b": [[0, 1], [2, 2], [3, 3]]}, heads=12)
-    texts = {t.get_position(): t.get_text() for t in ax.texts}
-    assert texts == {(0, 0): "2", (1, 1): "3", (1, 0): "1\n(0.5)", (0, 1): "1\n(0.5)"}
-    assert ax.images[0].get_array().tolist() == [[1, 0.5], [0.5, 1]]
+def test_signed_grids_are_white_at_zero_and_legible_at_both_ends(ax: Axes) -> None:
+    values = [[-0.1, 0.0, 0.1, float("nan")]]
+    plots.head_grid(ax, values, bar=None, vmax=0.1, signed=True)
+    image = ax.images[0]
+    assert image.get_clim() == (-0.1, 0.1) and min(image.to_rgba(0.0)[:3]) > 0.95
+    assert words(ax.texts) == ["-0.10", "0.00", "0.10", ""]
+    for text in ax.texts[:3]:
+        cell = image.to_rgba(float(text.get_text()))[:3]
+        assert abs(luminance(cell) - luminance(text.get_color())) > 0.5
+    counts = plots.number_grid(ax.figure.add_subplot(), [[3, 10]], form=".0f")
+    assert words(counts.texts) == ["3", "10"]
 
 
 # Curves and points
@@ -207,7 +213,9 @@ def test_labels_at_the_ends_stand_at_their_lines_and_never_on_each_other(ax: Axe
 
 def test_ablation_draws_each_interval_and_the_reference(ax: Axes) -> None:
     rows = {"plain": (0.9, 0.8, 1.0), "blind": (0.2, 0.1, 0.4)}
-    plots.ablation(ax, rows, xlabel="adherence", reference="plain")
+    looks = {"blind": {"color": "0.5", "markerfacecolor": "white"}}
+    plots.ablation(ax, rows, xlabel="adherence", reference="plain", looks=looks)
+    assert [line.get_color() for line in ax.lines[:2]] == [plots.COLOURS[0], "0.5"]
     lines = [line.get_xydata().tolist() for line in ax.lines[:2]]
     assert lines == [[[0.8, 0], [0.9, 0], [1.0, 0]], [[0.1, 1], [0.2, 1], [0.4, 1]]]
     assert set(ax.lines[2].get_xdata()) == {0.9}

@@ -155,12 +155,26 @@ def test_steering_explorer_shows_both_replies_and_the_share_it_raised(
     screen.controls["alpha"].value = 0.1
     screen.controls["heads"].value = "one"
     assert f"<td>{one:.3f} of attention" in screen.pages[-1]
+    screen.controls["heads"].value = "L3H0, L1H2"  # typed
+    with emphasise(model, [spans], [(3, 0), (1, 2)], alpha=0.1):
+        both = span_share(model, ids, spans)[..., -1]
+    assert f"<td>{(both[3, 0] + both[1, 2]) / 2:.3f} of attention" in screen.pages[-1]
     screen.controls["heads"].value = "all"
     screen.controls["alpha"].value = 1  # the identity
     same = screen.pages[-1]
     assert same.count(f"{share:.3f} of attention") == 2 and same.count(html.escape(plain)) == 2
-    screen.controls["phrase"].value = "Hobby: tennis."
-    assert "ValueError: " in screen.pages[-1] and "is not in the prompt" in screen.pages[-1]
+
+    screen.controls["alpha"].value = 0.1
+    screen.controls["heads"].value = "one"
+    screen.controls["prompt"].value = "Language: French. [Hobby: chess.] Who is Ivan [Garner]?"
+    moved = [Message("user", "Language: French. Hobby: chess. Who is Ivan Garner?")]
+    spans = [find_span(tokenizer, moved, text) for text in ("Hobby: chess.", "Garner")]
+    ids = torch.tensor([prompt_ids(tokenizer, moved)])
+    share = span_share(model, ids, spans)[3, 0, -1].item()
+    assert f"<td>{share:.3f} of attention" in screen.pages[-1] and "[" not in screen.pages[-1]
+    for wrong, told in (("No mark.", "no phrase is marked"), ("[]", "phrase is empty")):
+        screen.controls["prompt"].value = wrong
+        assert told in screen.pages[-1]
 
 
 def test_a_dialogue_without_replies_is_refused(tiny: Tiny) -> None:

@@ -150,14 +150,21 @@ Heads = Iterable[tuple[int, int]]
 
 
 def head_grid(
-    ax: Axes, values: Any, *, bar: str, vmax: float | None = None, marked: Heads = ()
+    ax: Axes,
+    values: Any,
+    *,
+    bar: str | None,
+    vmax: float | None = None,
+    signed: bool = False,
+    marked: Heads = (),
 ) -> Axes:
     """One cell per head with its number written in it: values (L, H), layer 0 at the top.
 
-    With `vmax` colours run from 0 to it, so that several grids compare. `marked` heads, as (layer,
-    head), are framed.
+    With `vmax` colours run from 0 (or, if `signed`, from -vmax) to it, so that several grids
+    compare. `marked` heads, as (layer, head), are framed.
     """
-    number_grid(ax, values, bar=bar, vmax=vmax).set(xlabel="head", ylabel="layer")
+    grid = number_grid(ax, values, bar=bar, vmax=vmax, signed=signed)
+    grid.set(xlabel="head", ylabel="layer")
     for layer, head in marked:
         corner = (head - 0.5, layer - 0.5)
         ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=COLOURS[5], linewidth=2.5))
@@ -172,35 +179,21 @@ def number_grid(
     columns: Sequence[str] | None = None,
     bar: str | None = None,
     vmax: float | None = None,
+    signed: bool = False,
+    form: str = ".2f",
 ) -> Axes:
-    """A table (rows, columns) with each number written in its coloured cell; NaN stays blank."""
+    """A table (rows, columns) with each number written in its coloured cell; NaN stays blank.
+
+    Colours run from 0 to `vmax`; if `signed`, from -vmax in red through white to blue.
+    """
     v = np.asarray(values, dtype=float)
     scale = {"vmin": None if vmax is None else 0, "vmax": vmax}
+    if signed:
+        scale |= {"vmin": -vmax, "cmap": "RdBu"}
     _draw(ax, v, "", "", bar, aspect="auto", **scale)
-    _write(ax, lambda *at: "" if np.isnan(v[at]) else f"{v[at]:.2f}")
+    _write(ax, lambda *at: "" if np.isnan(v[at]) else format(v[at], form))
     ax.set_xticks(range(v.shape[1]), columns)
     ax.set_yticks(range(v.shape[0]), rows)
-    return ax
-
-
-def head_overlap(ax: Axes, sets: Mapping[str, Heads], *, heads: int) -> Axes:
-    """How many heads two sets share, and, in brackets, how many would by chance: |A| |B| / heads.
-
-    `heads` is the number of heads of the model; no set is empty. Colour is the shared part of the
-    smaller set.
-    """
-    names, groups = list(sets), [set(map(tuple, group)) for group in sets.values()]
-    shared = np.array([[len(a & b) for b in groups] for a in groups])
-    smaller = np.array([[min(len(a), len(b)) for b in groups] for a in groups])
-
-    def text(row: int, column: int) -> str:
-        chance = len(groups[row]) * len(groups[column]) / heads
-        return f"{shared[row, column]}" + (f"\n({chance:.1f})" if row != column else "")
-
-    _draw(ax, shared / smaller, "", "", "shared part of the smaller set", vmin=0, vmax=1)
-    _write(ax, text)
-    ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    ax.set_yticks(range(len(names)), names)
     return ax
 
 
@@ -217,7 +210,8 @@ def _write(ax: Axes, text: Callable[[int, int], str]) -> None:
     """`text(row, column)` into each cell of the image, white where the cell is dark."""
     image = ax.images[0]
     for (row, column), value in np.ndenumerate(image.get_array()):
-        colour = "white" if image.norm(value) < 0.5 else "black"
+        light = np.dot(image.to_rgba(value)[:3], (0.3, 0.6, 0.1))
+        colour = "white" if light < 0.5 else "black"
         ax.text(column, row, text(row, column), ha="center", va="center", color=colour, size=9)
 
 
@@ -290,14 +284,21 @@ def label_ends(ax: Axes, *, gap: float = 0.07) -> Axes:
 
 
 def ablation(
-    ax: Axes, rows: Mapping[str, tuple[float, ...]], *, xlabel: str, reference: str | None = None
+    ax: Axes,
+    rows: Mapping[str, tuple[float, ...]],
+    *,
+    xlabel: str,
+    reference: str | None = None,
+    looks: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Axes:
     """One row per condition: (mean, low, high) as dot and interval, the first one at the top.
 
     A thin line goes down from the condition `reference`, which the others are compared with.
+    `looks` gives conditions a colour, a marker and so on, for example one for each group.
     """
-    for y, (mean, low, high) in enumerate(rows.values()):
+    for y, (name, (mean, low, high)) in enumerate(rows.items()):
         dot = {"color": COLOURS[y % len(COLOURS)], "marker": MARKERS[y % len(MARKERS)]}
+        dot |= (looks or {}).get(name, {})
         ax.plot([low, mean, high], [y] * 3, linestyle="-", markevery=[1], markersize=8, **dot)
         above = {"textcoords": "offset points", "ha": "center", "size": 9}
         ax.annotate(f"{mean:.2f}", (mean, y), (0, 7), **above)

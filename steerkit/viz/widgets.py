@@ -5,6 +5,7 @@ each move of a control draws the page again, in its place.
 """
 
 import html
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import ipywidgets
@@ -12,11 +13,11 @@ import matplotlib.pyplot as plt
 import torch
 from IPython.display import HTML, display
 
-from steerkit.attention.heads import layer_and_head_counts
+from steerkit.attention.heads import heads_by_layer, layer_and_head_counts
 from steerkit.attention.maps import attention_map, attention_received, span_share
 from steerkit.chat import Message, prompt_ids, reply
 from steerkit.models import Model, Tokenizer
-from steerkit.spans import find_span, find_turns
+from steerkit.spans import find_spans, find_turns
 from steerkit.steering.pasta import emphasise
 from steerkit.viz.html import attention_page, token_texts
 from steerkit.viz.plots import COLOURS, Heads, binned_text, heat_map, mark_turns, picture
@@ -151,20 +152,26 @@ def explore_steering(
 ) -> None:
     """Plain and steered replies to one user message, side by side.
 
-    Controls: the message, the phrase in it to emphasise, alpha, and one of the named `head_sets`
-    (with at least one head each). Under each reply stands the share of attention that the phrase
-    gets when the reply begins, mean over the chosen heads.
+    Controls: the message, in which [brackets] mark what is emphasised (at first the `phrase`);
+    alpha; and the heads: one of the named `head_sets`, or typed, as in "L2H3, L1H0". Under each
+    reply stands the share of attention that the marked text gets when the reply begins, mean over
+    the chosen heads.
     """
 
-    def draw(prompt: str, phrase: str, alpha: float, heads: str) -> str:
-        messages, chosen = [Message("user", prompt)], list(head_sets[heads])
-        spans = [find_span(tokenizer, messages, phrase)]
+    def draw(prompt: str, alpha: float, heads: str) -> str:
+        messages = [Message("user", re.sub(r"[][]", "", prompt))]
+        marked = re.findall(r"\[(.*?)\]", prompt)
+        if not marked:
+            raise ValueError("no phrase is marked: put [brackets] around what is to be emphasised")
+        spans = [span for text in marked for span in find_spans(tokenizer, messages, text)]
+        by_layer = heads_by_layer(model, head_sets.get(heads) or re.findall(r"[^,\s]+", heads))
+        chosen = [(layer, index) for layer, indices in by_layer.items() for index in indices]
         ids = torch.tensor([prompt_ids(tokenizer, messages)])
 
         def column(name: str) -> list[str]:
             (words,) = reply(model, tokenizer, [messages])
             by_head = span_share(model, ids, spans)[..., -1]  # (L,H) of the last query
-            share = torch.stack([by_head[tuple(head)] for head in chosen]).mean()
+            share = torch.stack([by_head[head] for head in chosen]).mean()
             return [name, words, f"{share:.3f} of attention"]
 
         columns = [column("plain")]
@@ -175,9 +182,10 @@ def explore_steering(
         return f"<table><tr>{'</tr><tr>'.join(cells)}</tr></table>"
 
     controls = {
-        "prompt": ipywidgets.Textarea(prompt, layout={"width": "95%", "height": "5em"}),
-        "phrase": ipywidgets.Text(phrase),
+        "prompt": ipywidgets.Textarea(
+            prompt.replace(phrase, f"[{phrase}]"), layout={"width": "95%", "height": "5em"}
+        ),
         "alpha": ipywidgets.FloatLogSlider(0.01, min=-4, max=0, step=0.25),
-        "heads": ipywidgets.Dropdown(options=list(head_sets)),
+        "heads": ipywidgets.Combobox(value=next(iter(head_sets)), options=list(head_sets)),
     }
     explore(draw, controls)
