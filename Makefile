@@ -1,5 +1,5 @@
-# make run | test | lab | student | bench | readme | clean: each does all the set-up that it needs,
-# from a bare Python. Variables: PROFILE=smoke|cpu|gpu, ARGS="--only 04" (more for the command
+# make run | test | lab | student | bench | readme | site | clean: each does all the set-up that it
+# needs, from a bare Python. Variables: PROFILE=smoke|cpu|gpu, ARGS="--only 04" (more for the command
 # behind run, student, bench, test), OUT=dir (student), WORKERS=n (test), PYTHON=path, VENV=dir
 
 VENV = .venv
@@ -11,8 +11,9 @@ PYTHON =
 BIN = $(VENV)/bin
 STAMP = $(VENV)/steerkit-installed
 EXTRAS = notebooks,gatt,test
+FIRST = /lab/tree/notebooks/00_start_here.ipynb
 
-.PHONY: run test lab student bench readme venv clean
+.PHONY: run test lab student bench readme site venv clean
 
 run: $(STAMP)
 	$(BIN)/python -m steerkit run --profile $(PROFILE) $(ARGS)
@@ -21,13 +22,17 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lab: $(STAMP)
-	$(BIN)/python -m jupyter lab notebooks
+	$(BIN)/python -m jupyter lab --ServerApp.root_dir=. --LabApp.default_url=$(FIRST)
 
 student: $(STAMP)
 	$(BIN)/python -m steerkit student $(OUT) $(ARGS)
 
 readme: $(STAMP)
 	$(BIN)/python docs/readme.py
+
+site: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[site]"
+	$(BIN)/python docs/site/build.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/collect.py $(ARGS)

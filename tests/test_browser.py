@@ -1,8 +1,12 @@
-"""Notebook 02 as a reader meets it: JupyterLab in a real browser, all cells run, a slider moved.
+"""What a reader meets, in a real browser: notebook 02 in JupyterLab, all cells run, a slider moved;
+and the web site, clicked through.
 
 Needs Debian's Chromium and the extra `browser` (Playwright's driver; it downloads no browser).
 """
 
+import functools
+import http.server
+import importlib.util
 import json
 import os
 import secrets
@@ -10,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -132,6 +137,65 @@ def test_notebook_02_runs_and_its_explorer_redraws(page, lab):
 
     assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
     assert page.locator('.jp-OutputArea-output [role="alert"]').count() == 0
+    assert page.errors == []
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[str]:
+    """The web site, built and served on a free port of this machine -> its address."""
+    for package in ("myst_nb", "sphinx_book_theme", "sphinx-mathjax-offline"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip("the site is not built: pip install -c constraints.txt -e .[site]")
+    command = [sys.executable, ROOT / "docs" / "site" / "build.py", tmp_path / "site"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    handler = functools.partial(Quiet, directory=tmp_path / "site")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_the_site_is_read_and_searched_without_a_network(page, site):
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"{site}/index.html")
+    titles = [
+        nbformat.read(path, as_version=4).cells[0].source.splitlines()[0].removeprefix("# ")
+        for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+    ]
+    for title in titles:  # from page to page, as a reader clicks
+        page.locator("nav.bd-links").get_by_role("link", name=title, exact=True).click()
+        page.locator("article h1", has_text=title).wait_for()
+        if page.locator("article .math").count():
+            page.locator("mjx-container").first.wait_for()
+        assert page.locator("mjx-merror").count() == 0
+        for picture in page.locator("article img").all():
+            picture.scroll_into_view_if_needed()
+            assert picture.evaluate("i => i.decode().then(() => i.naturalWidth)") > 0, title
+    page.locator('article a[href*="glossary.html#"]').first.click()
+    page.locator("article h1", has_text="Glossary").wait_for()
+    assert page.locator(":target").count() == 1
+    page.locator("nav.bd-links").get_by_role("link", name="Streaming: ", exact=False).click()
+    page.locator("dt.sig", has_text="SinkCache").first.wait_for()
+
+    page.goto(f"{site}/search.html?q=perplexity")
+    hits = page.locator("ul.search li a")
+    hits.first.wait_for()
+    assert hits.count() > 3 and page.get_by_role("link", name="Glossary").count()
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.goto(f"{site}/notebooks/{sorted(NOTEBOOKS.glob('[0-9]*.ipynb'))[0].stem}.html")
+    page.locator("button.theme-switch-button").first.click()
+    page.locator('button.theme-change-button[data-mode="dark"]').first.click()
+    page.locator('html[data-theme="dark"]').wait_for()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
+    page.screenshot(path=SCREENSHOT.with_name("site.png"))
+    assert [url for url in asked if not url.startswith((site, "data:"))] == []
     assert page.errors == []
 
 
