@@ -8,7 +8,6 @@ import base64
 import html
 import io
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from IPython import get_ipython
 from IPython.display import HTML, display
 from matplotlib.pyplot import Axes, Figure, Rectangle
 
-from steerkit.attention.maps import bin_edges
 from steerkit.files import write_bytes, write_json
 from steerkit.results import refuse_folders
 from steerkit.spans import Turn
@@ -115,11 +113,10 @@ def difference_map(ax: Axes, difference: Any, *, vmax: float | None = None) -> A
     return ax
 
 
-def mark_turns(ax: Axes, turns: Sequence[Turn], texts: Sequence[str] = ()) -> Axes:
+def mark_turns(ax: Axes, turns: Sequence[Turn]) -> Axes:
     """Mark a dialogue's turns on its map (bins, bins): lines where they begin, and their numbers.
 
-    `ax` holds what `heat_map` or `difference_map` drew. `texts` (bins,), as `binned_text` makes
-    them, are written down the left side; give the figure about 0.11 inches of height for each.
+    `ax` holds what `heat_map` or `difference_map` drew.
     """
     bins = len(ax.images[0].get_array())
     starts = {turn.number: turn.start * bins / turns[-1].end - 0.5 for turn in reversed(turns)}
@@ -128,19 +125,8 @@ def mark_turns(ax: Axes, turns: Sequence[Turn], texts: Sequence[str] = ()) -> Ax
     ax.set_xticks(lines, numbered)
     ax.set_yticks(lines, numbered)
     ax.grid(color="0.5", linewidth=0.5, alpha=1)
-    ax.set(xlabel="turn of the key", ylabel="" if texts else "turn of the query")
-    for row, text in enumerate(texts):
-        at = {"xy": (0, row), "xytext": (-22, 0), "xycoords": ("axes fraction", "data")}
-        font = {"fontsize": 5.5, "family": "monospace", "ha": "right", "va": "center"}
-        ax.annotate(text.replace("$", r"\$"), textcoords="offset points", **at, **font)
+    ax.set(xlabel="turn of the key", ylabel="turn of the query")
     return ax
-
-
-def binned_text(tokens: Sequence[str], bins: int, *, width: int = 30) -> list[str]:
-    """What each bin of a map says: tokens (T,) joined, spaces tidied, cut to `width` characters."""
-    spans = pairwise(bin_edges(len(tokens), bins))
-    texts = [" ".join("".join(tokens[start:end]).split()) for start, end in spans]
-    return [text if len(text) <= width else text[: width - 1] + "…" for text in texts]
 
 
 # Heads

@@ -20,7 +20,7 @@ from steerkit.models import Model, Tokenizer
 from steerkit.spans import find_spans, find_turns
 from steerkit.steering.pasta import emphasise
 from steerkit.viz.html import attention_page, token_texts
-from steerkit.viz.plots import COLOURS, Heads, binned_text, heat_map, mark_turns, picture
+from steerkit.viz.plots import COLOURS, Heads, heat_map, mark_turns, picture
 
 
 def explore(draw: Callable[..., str], controls: Mapping[str, ipywidgets.Widget]) -> None:
@@ -124,7 +124,7 @@ def explore_attention(
         chosen = {"reduce": reduce, "heads": [(x, y) for x in layers for y in heads]}
         _, ax = plt.subplots(figsize=(8.5, 6.2))
         heat_map(ax, attention_map(model, ids, bins=bins, skip=skip, **chosen))
-        mark_turns(ax, turns, binned_text(texts, bins))
+        mark_turns(ax, turns)
         low, high = (query * bins / len(texts) - 0.5 for query in replies[turn])
         ax.axhspan(low, high, fill=False, edgecolor=COLOURS[5], linewidth=1.5)
         title = f"{reduce} weights of layer {layer}, head {head}"
