@@ -1,6 +1,7 @@
 """The four results in one picture, drawn from what the notebooks have stored."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,24 @@ SHORT = {
     "counterfact": "CounterFact",
 }
 CAPTION = (
-    "The figures of notebooks 01 to 04 in short. Bands and bars are 95 % intervals; those of the "
-    "random heads reach from the lowest to the highest draw."
+    "The figures of notebooks 01 to 04 in short. Above, both panels measure the same dialogues, "
+    "whose replies ignore the instruction after the first; dotted: GAtt on its own replies. Bands "
+    "and bars are 95 % intervals; those of the random heads reach from the lowest to the highest "
+    "draw."
 )
 ALT = (
-    "Four panels. Adherence by turn, and the largest attention weight on the instruction by turn: "
-    "base and GAtt. Strict successes on four tasks: best prompt, random heads, searched heads. "
-    "Loss by position: dense, window, re-computation, StreamingLLM."
+    "Four panels. By turn, on replies that ignore the instruction: the share of replies that obey, "
+    "where the base falls at once, GAtt by turn 8, and GAtt with mixed histories holds; and the "
+    "largest attention weight on the instruction, which stays high for both GAtt models. Strict "
+    "successes on four tasks: best prompt, random heads, searched heads. Loss by position: dense, "
+    "window, re-computation, StreamingLLM."
 )
+FILES = {
+    "own": "01_gatt_training/histories",
+    "texts": "02_attention_heatmaps/by_turn",
+    "tasks": "03_pasta_head_search/main_table",
+    "losses": "04_streaming_llm/figure3",
+}
 
 
 def draw(figures: Path) -> Path | None:
@@ -32,43 +43,44 @@ def draw(figures: Path) -> Path | None:
 
     Works on what the notebooks have stored, whichever run it comes from.
     """
-    panels = {
-        "01_gatt_training/arms": _adherence,
-        "02_attention_heatmaps/by_turn": _weight,
-        "03_pasta_head_search/main_table": _tasks,
-        "04_streaming_llm/figure3": _losses,
-    }
-    files = [figures / f"{name}.json" for name in panels]
-    if not all(file.exists() for file in files):
+    files = {key: figures / f"{name}.json" for key, name in FILES.items()}
+    if not all(file.exists() for file in files.values()):
         return None
+    stored = {key: json.loads(file.read_text("utf-8"))["values"] for key, file in files.items()}
+    own = {"GAtt, own replies": stored["own"]["own"]["GAtt"]}
     with plt.rc_context():
         plt.style.use("steerkit.viz.steerkit")
-        fig, axes = plt.subplots(2, 2, figsize=(11, 7.4))
+        fig, axes = plt.subplots(2, 2, figsize=(12, 7.8))
         drawn = {
-            name: panels[name](ax, json.loads(file.read_text(encoding="utf-8"))["values"])
-            for ax, file, name in zip(axes.flat, files, panels, strict=True)
+            "adherence": _adherence(axes[0, 0], stored["texts"]["forgetting, obeys"], own),
+            "weight": _weight(axes[0, 1], stored["texts"]["forgetting"]),
+            "tasks": _tasks(axes[1, 0], stored["tasks"]),
+            "losses": _losses(axes[1, 1], stored["losses"]),
         }
         plots.show(fig, "overview", out=figures, caption=CAPTION, alt=ALT, values=drawn)
     return figures / "overview.png"
 
 
-def _adherence(ax: Axes, values: dict[str, Any]) -> dict[str, Any]:
-    ax.set_title("GAtt: an instruction given in turn 1")
-    return _by_turn(ax, values["seen"], "share of replies that obey")
+def _adherence(ax: Axes, rows: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    ax.set_title("GAtt: does an instruction of turn 1 last?")
+    return _by_turn(ax, rows | own, "share of replies that obey", grey=own)
 
 
-def _weight(ax: Axes, values: dict[str, Any]) -> dict[str, Any]:
-    ax.set_title("Heat maps: attention on that instruction")
-    return _by_turn(ax, values["forgetting"], "largest attention weight")
+def _weight(ax: Axes, rows: dict[str, Any]) -> dict[str, Any]:
+    ax.set_title("the same text: does it look at the instruction?")
+    return _by_turn(ax, rows, "largest attention weight")
 
 
-def _by_turn(ax: Axes, values: dict[str, Any], ylabel: str) -> dict[str, Any]:
-    rows = {"base": values["base"], "after GAtt": values["GAtt"]}
+def _by_turn(
+    ax: Axes, rows: dict[str, Any], ylabel: str, grey: Collection[str] = ()
+) -> dict[str, Any]:
+    """`rows` {name: (mean, low, high)}, (turns,) each."""
     means = {name: row[0] for name, row in rows.items()}
     bands = {name: row[1:] for name, row in rows.items()}
     turns = range(1, len(means["base"]) + 1)
-    plots.curves(ax, turns, means, xlabel="turn", ylabel=ylabel, bands=bands)
+    plots.curves(ax, turns, means, bands=bands, grey=grey, xlabel="turn", ylabel=ylabel)
     ax.set(ylim=(-0.03, 1.05), xticks=[t for t in (1, 5, 10, 15, 20) if t in turns])
+    plots.label_ends(ax)
     return rows
 
 
@@ -98,13 +110,12 @@ def _tasks(ax: Axes, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _losses(ax: Axes, values: dict[str, Any]) -> dict[str, Any]:
-    text = next(key for key in values if key not in ("position", "market", "dialogue"))
+    """Of the first stream, by position."""
+    text = next(key for key, row in values.items() if isinstance(row, dict))
+    x = np.array(values["position"], dtype=float)
     lines = {name: np.array(row, dtype=float) for name, row in values[text].items()}
-    x = values["position"]
-    plots.curves(
-        ax, x, lines, xlabel="position (tokens)", ylabel="loss (nats per token)", xscale="log"
-    )
-    ax.set_ylim(top=1.25 * np.nanmax(lines["dense"]))
-    ax.legend(loc="upper center", ncols=2)
+    axis = {"xlabel": "position (tokens)", "ylabel": "loss (nats per token)"}
+    plots.curves(ax, x, lines, xscale="log", **axis)
+    plots.label_ends(ax)
     ax.set_title(f"StreamingLLM: {text} without end")
     return lines | {"position": x}
