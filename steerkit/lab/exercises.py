@@ -70,7 +70,13 @@ def compare(yours: Callable, ours: Callable, *cases: Sequence[Any]) -> None:
     AssertionError names the case and says what differs. Each call gets copies of its arguments.
     Numbers are the same within 1e-4 of ours, or 1e-6.
     """
-    close = {"rtol": 1e-4, "atol": 1e-6, "equal_nan": True, "check_dtype": False}
+    close = {
+        "rtol": 1e-4,
+        "atol": 1e-6,
+        "equal_nan": True,
+        "check_dtype": False,
+        "check_device": False,
+    }
     for number, case in enumerate(cases, start=1):
         mine, wanted = yours(*deepcopy(case)), ours(*deepcopy(case))
         told = f"case {number} of {len(cases)}: yours is {mine!r}, expected {wanted!r}"
