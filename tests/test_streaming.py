@@ -36,7 +36,6 @@ from steerkit.streaming.stream_eval import (
     EvalStream,
     Fact,
     Query,
-    accuracy_by_distance,
     eval_hits,
     eval_stream,
     is_greedy,
@@ -596,6 +595,3 @@ def test_hits_need_every_token_of_the_answer(monkeypatch: pytest.MonkeyPatch) ->
     stream = EvalStream(torch.zeros(1, 20, dtype=torch.long), queries)
     hits = eval_hits(None, stream, sinks=4, window=8)
     assert hits.tolist() == [True, False, True, False]
-    one, two = accuracy_by_distance(stream, hits).itertuples(index=False)
-    assert one == (1, 3, 1, 1)
-    assert two == (2, pytest.approx((4 + 6 + 9) / 3), pytest.approx(1 / 3), 3)

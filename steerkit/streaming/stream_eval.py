@@ -9,7 +9,6 @@ import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -97,11 +96,3 @@ def eval_hits(
 def is_greedy(logits: Tensor, targets: Tensor) -> Tensor:
     """Whether greedy decoding would choose the target: (B,n,V), (B,n) -> (B,n) boolean."""
     return logits.argmax(-1) == targets
-
-
-def accuracy_by_distance(stream: EvalStream, hits: Tensor) -> pd.DataFrame:
-    """Table 7: by `back` lines, nearest first: mean `tokens` of distance, `accuracy`, `count`."""
-    asked = pd.DataFrame(stream.queries).assign(hit=hits.numpy())
-    return asked.groupby("back", as_index=False).agg(
-        tokens=("distance", "mean"), accuracy=("hit", "mean"), count=("hit", "size")
-    )
