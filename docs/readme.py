@@ -1,9 +1,10 @@
-"""Draw the picture of all results, and write the README's table, from the committed results.
+"""Draw the picture of all results, and write the tables of README.md and docs/teaching.md, from the
+committed results and the notebooks' heads.
 
     python docs/readme.py      (or: make readme)
 
-The table stands between `<!-- notebooks -->` and `<!-- end -->`; tests/test_readme.py fails when it
-is not what this file would write.
+A table stands between `<!-- its name -->` and `<!-- end -->`; tests/test_readme.py fails when it is
+not what this file would write.
 """
 
 import json
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from overview import draw
 
 from steerkit.files import ROOT, write_text
-from steerkit.results import paper_result
+from steerkit.results import paper_result, read_claims
 
 LLAMA = "Llama 2, [2307.09288](https://arxiv.org/abs/2307.09288)"
 PASTA = "PASTA, [2311.02262](https://arxiv.org/abs/2311.02262)"
@@ -133,15 +134,56 @@ def table() -> Iterator[str]:
         yield " | ".join([f"| [{name}](notebooks/{name}.ipynb)", *row(name), f"{cost} |"])
 
 
+def tracks() -> Iterator[str]:
+    """The teacher's two tracks: minutes of reading, running and exercises, as the heads say."""
+    yield "| track | notebooks | minutes to read | to run | for exercises |"
+    yield "|---|---|---|---|---|"
+    for name, order in (("sinks", "00 05 04"), ("instructions", "00 01 02 03 06")):
+        paths = [path for n in order.split() for path in (ROOT / "notebooks").glob(f"{n}*.ipynb")]
+        times = [MINUTES.search(path.read_text(encoding="utf-8")) for path in paths]
+        sums = [sum(int(time[n]) for time in times if time) for n in (1, 2, 3)]
+        links = ", ".join(f"[{path.stem[:2]}](../notebooks/{path.name})" for path in paths)
+        yield f"| {name} | {links} | {sums[0]} | {sums[1]} | {sums[2]} |"
+
+
+def expected() -> Iterator[str]:
+    """Every committed claim, and what was measured."""
+    yield "| notebook | claim | measured | holds |"
+    yield "|---|---|---|---|"
+    for claim in read_claims(sorted((ROOT / "figures" / "cpu").glob("[0-9]*/"))):
+        measured = "; ".join(f"{name}: {short(value)}" for name, value in claim["ours"].items())
+        holds, number = "yes" if claim["holds"] else "NO", claim["notebook"][:2]
+        yield f"| {number} | {claim['claim']} | {measured} | {holds} |".replace("\n", " ")
+
+
+def short(value: Any) -> str:
+    """Three significant digits, as people say them."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} = {short(each)}" for name, each in value.items())
+    if isinstance(value, list):
+        return " / ".join(map(short, value))
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
+
+
+TABLES = {"notebooks": table, "tracks": tracks, "expected": expected}
+MINUTES = re.compile(r"\*\*Time:\*\* reading (\d+) minutes, running (\d+), exercises (\d+)")
+
+
 def render(text: str) -> str:
-    """The README with its table made anew."""
-    part = re.compile(r"(?<=<!-- notebooks -->\n).*?(?=<!-- end -->)", re.DOTALL)
-    if len(part.findall(text)) != 1:
-        raise ValueError("README.md: expected one part <!-- notebooks --> ... <!-- end -->")
-    return part.sub(lambda match: "\n".join(table()) + "\n", text)
+    """A page with its tables made anew."""
+    part = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+    if not part.search(text):
+        raise ValueError("expected a part <!-- notebooks --> ... <!-- end -->")
+
+    def write(match: re.Match[str]) -> str:
+        return "\n".join([f"<!-- {match[1]} -->", *TABLES[match[1]](), "<!-- end -->"])
+
+    return part.sub(write, text)
 
 
 if __name__ == "__main__":
     draw(ROOT / "figures" / "cpu")
-    readme = ROOT / "README.md"
-    write_text(readme, render(readme.read_text(encoding="utf-8")))
+    for page in (ROOT / "README.md", ROOT / "docs" / "teaching.md"):
+        write_text(page, render(page.read_text(encoding="utf-8")))

@@ -17,6 +17,8 @@ GENERATOR = runpy.run_path(str(ROOT / "docs" / "readme.py"))
 def test_the_page_is_short_and_its_table_is_that_of_the_results():
     assert len(README.splitlines()) <= 120
     assert GENERATOR["render"](README) == README, "run `make readme`"
+    teaching = (ROOT / "docs" / "teaching.md").read_text(encoding="utf-8")
+    assert GENERATOR["render"](teaching) == teaching, "run `make readme`"
 
 
 def test_the_committed_picture_is_drawn_from_the_committed_results(tmp_path):
