@@ -17,6 +17,7 @@ SHORT = {
     "biasbios": "BiasBios",
     "counterfact": "CounterFact",
 }
+LINES = {"re-computation, first token in front": "re-comp. + first"}
 CAPTION = (
     "The figures of notebooks 01 to 04 in short. Above, both panels measure the same dialogues, "
     "whose replies ignore the instruction after the first; dotted: GAtt on its own replies. Bands "
@@ -50,7 +51,7 @@ def draw(figures: Path) -> Path | None:
     own = {"GAtt, own replies": stored["own"]["own"]["GAtt"]}
     with plt.rc_context():
         plt.style.use("steerkit.viz.steerkit")
-        fig, axes = plt.subplots(2, 2, figsize=(12, 7.8))
+        fig, axes = plt.subplots(2, 2, figsize=(13, 7.8))
         drawn = {
             "adherence": _adherence(axes[0, 0], stored["texts"]["forgetting, obeys"], own),
             "weight": _weight(axes[0, 1], stored["texts"]["forgetting"]),
@@ -79,7 +80,7 @@ def _by_turn(
     bands = {name: row[1:] for name, row in rows.items()}
     turns = range(1, len(means["base"]) + 1)
     plots.curves(ax, turns, means, bands=bands, grey=grey, xlabel="turn", ylabel=ylabel)
-    ax.set(ylim=(-0.03, 1.05), xticks=[t for t in (1, 5, 10, 15, 20) if t in turns])
+    ax.set(ylim=(-0.03, 1.14), xticks=[t for t in (1, 5, 10, 15, 20) if t in turns])
     plots.label_ends(ax)
     return rows
 
@@ -101,10 +102,10 @@ def _tasks(ax: Axes, values: dict[str, Any]) -> dict[str, Any]:
         spread = np.maximum(0, [mean - low, high - mean])
         bars = {"color": plots.COLOURS[i], "label": label, "error_kw": {"lw": 1, "capsize": 2}}
         ax.bar(places + 0.27 * (i - 1), mean, 0.25, yerr=spread, **bars)
-    ax.set_xticks(places, [SHORT.get(t, t) for t in values])
+    ax.set_xticks(places, [SHORT.get(t, t) for t in values], size=10)
     ax.set(ylim=(0, 1.18), yticks=np.linspace(0, 1, 6), ylabel="share of strict successes")
     ax.grid(False, axis="x")
-    ax.legend(loc="upper center", ncols=3, columnspacing=1, handlelength=1.2)
+    ax.legend(loc="upper center", ncols=3, columnspacing=1, handlelength=1, fontsize=10)
     ax.set_title("PASTA: a few steered heads")
     return groups
 
@@ -113,7 +114,8 @@ def _losses(ax: Axes, values: dict[str, Any]) -> dict[str, Any]:
     """Of the first stream, by position."""
     text = next(key for key, row in values.items() if isinstance(row, dict))
     x = np.array(values["position"], dtype=float)
-    lines = {name: np.array(row, dtype=float) for name, row in values[text].items()}
+    curves = {LINES.get(name, name): row for name, row in values[text].items()}
+    lines = {name: np.array(row, dtype=float) for name, row in curves.items()}
     axis = {"xlabel": "position (tokens)", "ylabel": "loss (nats per token)"}
     plots.curves(ax, x, lines, xscale="log", **axis)
     plots.label_ends(ax)
