@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from gatt_results import fingerprint
+from gatt_results import Arm, fingerprint, measure_arm
 from peft import LoraConfig, get_peft_model
 
 import steerkit
@@ -242,6 +242,14 @@ def test_a_shipped_adapter_keeps_what_the_base_forgets(tiny, name, forced):
 def test_the_stored_runs_are_of_the_shipped_base(tiny):
     runs = json.loads((DATA / "gatt_runs.json").read_text())
     assert {run["base"] for run in runs} == {fingerprint(tiny[0])}, "run data/make/gatt_results.py"
+
+
+def test_an_arm_repeats_the_instruction_on_every_history(tiny, monkeypatch):
+    """With the instruction in each message the base obeys to the end, whatever the replies say."""
+    monkeypatch.setattr("gatt_results.FOREIGN", 1)
+    arm = Arm(every=True, n=1, families=["hobby"], histories=["neutral"])
+    found = measure_arm(arm, *tiny, 3).query("split == 'seen' and turn == 20")
+    assert found.set_index("history")["obeyed"].to_dict() == {"own": 1, "neutral": 1}
 
 
 def test_an_adapter_that_is_not_merged_is_mapped_and_steered_like_the_merged_model(tiny):
