@@ -23,7 +23,7 @@ from steerkit.constraints import FAMILIES
 from steerkit.files import DATA
 from steerkit.gatt import dialogues as gatt
 from steerkit.gatt import training
-from steerkit.gatt.evaluation import adherence_by_turn
+from steerkit.gatt.evaluation import Adherence, adherence_by_turn
 from steerkit.gatt.training import Settings, make_trainer, train
 from steerkit.lab import cli
 from steerkit.tiny import gatt as tiny_gatt
@@ -244,12 +244,18 @@ def test_the_stored_runs_are_of_the_shipped_base(tiny):
     assert {run["base"] for run in runs} == {fingerprint(tiny[0])}, "run data/make/gatt_results.py"
 
 
-def test_an_arm_repeats_the_instruction_on_every_history(tiny, monkeypatch):
-    """With the instruction in each message the base obeys to the end, whatever the replies say."""
-    monkeypatch.setattr("gatt_results.FOREIGN", 1)
-    arm = Arm(every=True, n=1, families=["hobby"], histories=["neutral"])
-    found = measure_arm(arm, *tiny, 3).query("split == 'seen' and turn == 20")
-    assert found.set_index("history")["obeyed"].to_dict() == {"own": 1, "neutral": 1}
+def test_an_arm_repeats_the_instruction_on_every_history(monkeypatch):
+    repeated = []
+
+    def adherence(_, __, plans, *, every=False, **options):
+        repeated.append(every)
+        return Adherence(*[torch.ones(len(plans), 20)] * 3, [])
+
+    for module in ("gatt_results", "steerkit.tiny.gatt"):  # on written histories, on the own one
+        monkeypatch.setattr(f"{module}.adherence_by_turn", adherence)
+    arm = Arm(every=True, n=1, families=["hobby"], histories=["neutral", "mixed"])
+    assert set(measure_arm(arm, None, None, 3)["history"]) == {"own", "neutral", "mixed"}
+    assert repeated == [True] * 6  # seen and held-out values
 
 
 def test_an_adapter_that_is_not_merged_is_mapped_and_steered_like_the_merged_model(tiny):
