@@ -146,7 +146,7 @@ def test_steering_explorer_shows_both_replies_and_the_share_it_raised(
     (plain,) = reply(model, tokenizer, [messages], max_new_tokens=48)
     share = span_share(model, ids, spans)[..., -1].mean().item()
     page = screen.pages[-1]
-    assert f"<td>{html.escape(plain)}</td>" in page and f"<td>{share:.3f} of attention" in page
+    assert f">{html.escape(plain)}</td>" in page and f">{share:.3f} of attention" in page
     steered = float(page.split(" of attention")[1].rsplit(">", 1)[1])
     assert steered > share + 0.2
 
@@ -154,11 +154,11 @@ def test_steering_explorer_shows_both_replies_and_the_share_it_raised(
         one = span_share(model, ids, spans)[3, 0, -1].item()
     screen.controls["alpha"].value = 0.1
     screen.controls["heads"].value = "one"
-    assert f"<td>{one:.3f} of attention" in screen.pages[-1]
+    assert f">{one:.3f} of attention" in screen.pages[-1]
     screen.controls["heads"].value = "L3H0, L1H2"  # typed
     with emphasise(model, [spans], [(3, 0), (1, 2)], alpha=0.1):
         both = span_share(model, ids, spans)[..., -1]
-    assert f"<td>{(both[3, 0] + both[1, 2]) / 2:.3f} of attention" in screen.pages[-1]
+    assert f">{(both[3, 0] + both[1, 2]) / 2:.3f} of attention" in screen.pages[-1]
     screen.controls["heads"].value = "all"
     screen.controls["alpha"].value = 1  # the identity
     same = screen.pages[-1]
@@ -171,7 +171,7 @@ def test_steering_explorer_shows_both_replies_and_the_share_it_raised(
     spans = [find_span(tokenizer, moved, text) for text in ("Hobby: chess.", "Garner")]
     ids = torch.tensor([prompt_ids(tokenizer, moved)])
     share = span_share(model, ids, spans)[3, 0, -1].item()
-    assert f"<td>{share:.3f} of attention" in screen.pages[-1] and "[" not in screen.pages[-1]
+    assert f">{share:.3f} of attention" in screen.pages[-1] and "[" not in screen.pages[-1]
     for wrong, told in (("No mark.", "no phrase is marked"), ("[]", "phrase is empty")):
         screen.controls["prompt"].value = wrong
         assert told in screen.pages[-1]

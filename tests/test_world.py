@@ -74,8 +74,9 @@ def test_the_card_names_every_person_and_a_reply_that_obeys_for_each_family():
     card = html.unescape(world.card())
     assert all(person.name in card for person in world.known_people())
     for family in FAMILIES:
-        row = card.split(f"<td>{family}</td>")[1].split("</tr>")[0]
-        _, instruction, reply = (cell.removesuffix("</td>") for cell in row.split("<td>")[1:])
+        row = card.split(f">{family}</td>")[1].split("</td></tr>")[0]
+        _, instruction, reply = (cell.split(">", 1)[1] for cell in row.split("<td")[1:])
+        instruction = instruction.removesuffix("</td>")
         assert obeys(instruction, reply)
 
 

@@ -130,16 +130,17 @@ def note(name: str, attribute: str, value: str) -> list[Message]:
 def card() -> str:
     """The world on a page of HTML: its instructions, what one can ask, its people."""
     who, attribute = known_people()[0], ATTRIBUTES[0]
-    rows = "<tr><th>family</th><th>values</th><th>for example</th><th>a reply that obeys</th></tr>"
+    rows = [("<b>family</b>", "<b>values</b>", "<b>for example</b>", "<b>a reply that obeys</b>")]
     for family in FAMILIES:
         c = Constraint(family, values(family)[0])
         obeying = html.escape(answer(who.name, attribute, who.facts[attribute], [c]))
-        cells = (family, len(values(family)), c.texts()[-1], obeying)
-        rows += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        rows.append((family, str(len(values(family))), c.texts()[-1], obeying))
+    td = '<td style="text-align:left">'
+    table = "".join(f"<tr>{td}{f'</td>{td}'.join(row)}</td></tr>" for row in rows)
     asked = " ".join(TABLES["attributes"][a]["ask"][0].format(n=who.name) for a in ATTRIBUTES)
     asked += " With <i>pronoun</i> ask: Repeat: She lives in Oslo."
     people = ", ".join(person.name for person in known_people())
-    return f"<table>{rows}</table><p><b>Ask:</b> {asked}</p><p><b>People:</b> {people}</p>"
+    return f"<table>{table}</table><p><b>Ask:</b> {asked}</p><p><b>People:</b> {people}</p>"
 
 
 @cache

@@ -22,6 +22,9 @@ from steerkit.steering.pasta import emphasise
 from steerkit.viz.html import attention_page, token_texts
 from steerkit.viz.plots import COLOURS, Heads, heat_map, mark_turns, picture
 
+LEFT = 'style="text-align:left"'  # Jupyter aligns cells to the right
+WIDE = {"width": "40em"}
+
 
 def explore(draw: Callable[..., str], controls: Mapping[str, ipywidgets.Widget]) -> None:
     """Display the HTML of `draw(**values)`, and the controls that have these values by name.
@@ -76,10 +79,10 @@ def chat_box(
     def row(messages: Sequence[Message]) -> str:
         if messages[0].role == "user":
             said = f"<i>user:</i> {html.escape(messages[0].content)}"
-            return f'<td colspan="{len(messages)}" style="text-align:left">{said}</td>'
+            return f'<td colspan="{len(messages)}" {LEFT}>{said}</td>'
         marks = {True: "<b>✓ obeys</b><br>", False: "<b>✗ does not obey</b><br>", None: ""}
         judged = [(marks[judge(*begun, m.content)], html.escape(m.content)) for m in messages]
-        return "".join(f'<td style="text-align:left">{m}{text}</td>' for m, text in judged)
+        return "".join(f"<td {LEFT}>{mark}{text}</td>" for mark, text in judged)
 
     def draw(instruction: str, message: str) -> str:
         if begun != [instruction]:
@@ -91,14 +94,16 @@ def chat_box(
             send(message)
             controls["message"].value = ""  # the same text can be sent again
         rows = [row(messages) for messages in zip(*talks.values(), strict=True)]
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in models)
+        head = "".join(f"<th {LEFT}>{html.escape(name)}</th>" for name in models)
         table = f"<table><tr>{'</tr><tr>'.join([head, *rows])}</tr></table>"
         parts = "".join(f'<div style="flex:1">{part}</div>' for part in (table, beside))
         return f'<div style="display:flex;gap:2em;flex-wrap:wrap">{parts}</div>'
 
     controls = {
-        "instruction": ipywidgets.Combobox(value=instructions[0], options=list(instructions)),
-        "message": ipywidgets.Text(placeholder="your next message, then Enter"),
+        "instruction": ipywidgets.Combobox(
+            value=instructions[0], options=list(instructions), layout=WIDE
+        ),
+        "message": ipywidgets.Text(placeholder="your next message, then Enter", layout=WIDE),
     }
     explore(draw, controls)
 
@@ -178,7 +183,7 @@ def explore_steering(
         with emphasise(model, [spans], chosen, alpha=alpha):
             columns.append(column(f"steered, alpha {alpha:.3g}"))
         rows = zip(*columns, strict=True)
-        cells = ("".join(f"<td>{html.escape(text)}</td>" for text in row) for row in rows)
+        cells = ("".join(f"<td {LEFT}>{html.escape(text)}</td>" for text in row) for row in rows)
         return f"<table><tr>{'</tr><tr>'.join(cells)}</tr></table>"
 
     controls = {
@@ -186,6 +191,8 @@ def explore_steering(
             prompt.replace(phrase, f"[{phrase}]"), layout={"width": "95%", "height": "5em"}
         ),
         "alpha": ipywidgets.FloatLogSlider(0.01, min=-4, max=0, step=0.25),
-        "heads": ipywidgets.Combobox(value=next(iter(head_sets)), options=list(head_sets)),
+        "heads": ipywidgets.Combobox(
+            value=next(iter(head_sets)), options=list(head_sets), layout=WIDE
+        ),
     }
     explore(draw, controls)
