@@ -38,7 +38,7 @@ CLAIM_KEYS = {
 
 
 class Run(NamedTuple):
-    """One execution of a committed notebook, followed by a student's unsolved cells."""
+    """One execution of a committed notebook, then of its exercises unsolved, and answered by 0."""
 
     committed: Path
     outcome: runner.Outcome
@@ -68,8 +68,10 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp(request.param.stem)
     notebook = read(request.param)
     for cell in tagged(student_copy(notebook), TAG):
-        stub = nbformat.v4.new_code_cell(cell.source, metadata={"tags": ["stub"]})
-        notebook.cells.append(stub)
+        zero = re.sub(r"\.\.\.(?=  # your code)", "0", cell.source)
+        for source, tags in ((cell.source, ["stub"]), (zero, ["zero", "raises-exception"])):
+            new = nbformat.v4.new_code_cell(source, metadata={"tags": tags})
+            notebook.cells.append(new)
     nbformat.write(notebook, folder / request.param.name)
     return Run(request.param, execute(folder / request.param.name, folder, "cpu"))
 
@@ -136,6 +138,8 @@ def test_its_answers_are_right_and_an_unsolved_stub_says_not_done_yet(run):
         shown = [cell.outputs[-1].data["text/plain"] for cell in tagged(notebook, tag)]
         assert shown == [f"Exercise {n}: {state}." for n in range(1, len(shown) + 1)]
         assert len(shown) >= 3
+    for cell in tagged(notebook, "zero"):
+        assert cell.outputs[-1].output_type == "error", f"accepts 0: {cell.source}"
 
 
 @pytest.mark.parametrize("path", longest_first("smoke", leave_out=("00", "01", "02")))

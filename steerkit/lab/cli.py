@@ -96,7 +96,9 @@ def _notebooks(args: argparse.Namespace) -> int:
 def _student(args: argparse.Namespace) -> int:
     from steerkit.lab import exercises, runner
 
-    print(*exercises.write_copies(runner.find_notebooks(args.only), args.folder), sep="\n")
+    students, answers = args.folder / "student", args.folder / "answers"
+    folders = {students: exercises.student_copy, answers: lambda notebook: notebook}
+    print(*exercises.copy_notebooks(runner.find_notebooks(args.only), folders), sep="\n")
     return 0
 
 

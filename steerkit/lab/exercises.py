@@ -126,12 +126,6 @@ def _stub(answer: re.Match[str]) -> str:
     return answer["given"] + "\n".join(stubs) + "\n" + answer["check"]
 
 
-def write_copies(notebooks: Sequence[Path], out: Path) -> list[Path]:
-    """Write out/student/<name>.ipynb and out/answers/<name>.ipynb, as `copy_notebooks` does."""
-    folders = {out / "student": student_copy, out / "answers": lambda notebook: notebook}
-    return copy_notebooks(notebooks, folders)
-
-
 def copy_notebooks(
     notebooks: Sequence[Path], folders: Mapping[Path, Callable[[NotebookNode], NotebookNode]]
 ) -> list[Path]:
