@@ -251,8 +251,6 @@ def dependences(notebook: NotebookNode) -> list[str]:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_right_answers_under_other_variable_names_pass(path):
-    if path.stem.startswith("02"):
-        pytest.xfail("exercise 3 is being rewritten")
     assert dependences(nbformat.read(path, as_version=4)) == []
 
 
