@@ -6,6 +6,7 @@ DIR (default: runs/site) is replaced when the new site is complete. Nothing is e
 """
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -61,6 +62,7 @@ def write_sources(source: Path) -> None:
     (source / "_static").mkdir()
     for name in ("site.css", "favicon.svg"):
         shutil.copy(HERE / name, source / "_static")
+    _draw(source / "docs" / "architecture.md")
     notebooks = sorted((source / "notebooks").glob("[0-9]*.ipynb"))
     for path in notebooks:
         _fold(path)
@@ -72,6 +74,20 @@ def write_sources(source: Path) -> None:
         for chapter, pages in chapters.items():
             lines = "\n".join(pages)
             page.write(f"\n```{{toctree}}\n:hidden:\n:caption: {chapter}\n\n{lines}\n```\n")
+
+
+def _draw(page: Path) -> None:
+    """Mermaid blocks as pictures: the script that a browser needs for them lies elsewhere."""
+    sys.path.insert(0, str(HERE))
+    import flowchart
+
+    text = page.read_text(encoding="utf-8")
+    for number, block in enumerate(re.findall(r"```mermaid\n.+?```", text, re.DOTALL)):
+        drawing = page.with_name(f"flowchart{number}.svg")
+        title = "The rooms of the package" if number == 0 else "The way a batch takes"
+        drawing.write_text(flowchart.svg(block, title), encoding="utf-8")
+        text = text.replace(block, f"![{title}: boxes and arrows]({drawing.name})")
+    page.write_text(text, encoding="utf-8")
 
 
 def _fold(path: Path) -> None:

@@ -4,8 +4,6 @@ import re
 from importlib.metadata import version as version_of
 from typing import Any
 
-from pygments.lexers.special import TextLexer
-
 project = "steerkit"
 author = copyright = "The steerkit authors"
 version = release = version_of("steerkit")
@@ -60,5 +58,4 @@ def as_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[s
 
 
 def setup(app: Any) -> None:
-    app.add_lexer("mermaid", TextLexer)  # drawings that only a script from elsewhere could draw
     app.connect("autodoc-process-docstring", as_rst)
