@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import nbformat
@@ -22,7 +23,7 @@ from steerkit.lab.exercises import ANSWER, QUESTION
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 GLOSSARY = ROOT / "docs" / "glossary.md"
-BEING_REWRITTEN = {"00", "01", "02", "03", "04", "05", "06"}  # their lessons are not all there yet
+BEING_REWRITTEN = {"00", "01", "03", "05", "06"}  # they link to 06, which is to come
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 LONG_NUMBER = re.compile(r"\d\.\d{7,}")
 MANNERISMS = re.compile(
@@ -33,6 +34,17 @@ MANNERISMS = re.compile(
 WITHOUT_WORDS = {"setup", "parameters", "install", "exercise", "injected-parameters"}
 RATED = "(5 minutes, difficulty 1 of 3, importance 3 of 3)"
 LONGEST = 10  # lines of a function: what is longer belongs in the package
+
+
+def script(name: str) -> Any:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / "docs" / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+INSTALL, DRAWINGS = script("install_cell.py"), script("drawings/make.py")
 
 
 def faults(path: Path, notebook: NotebookNode | None = None) -> list[str]:
@@ -71,9 +83,10 @@ def head(path: Path, cells: list[NotebookNode]) -> Iterator[str]:
 def order(path: Path, cells: list[NotebookNode]) -> Iterator[str]:
     code = [cell for cell in cells if cell.cell_type == "code"]
     tags = [set(cell.metadata.get("tags", [])) for cell in code]
-    begin = 1 if "install" in tags[0] else 0
-    if "setup" not in tags[begin] or "parameters" not in tags[begin + 1]:
-        yield "expected the first code cells to be tagged `setup` and `parameters`"
+    if tags[0] != {"install"} or code[0].source != INSTALL.source():
+        yield "the first code cell does not install the kit: python docs/install_cell.py"
+    if "setup" not in tags[1] or "parameters" not in tags[2]:
+        yield "expected the next code cells to be tagged `setup` and `parameters`"
     for cell in code:
         if "setup" in cell.metadata.get("tags", []):
             if not cell.source.startswith("# Set-up: no need to read."):
@@ -209,16 +222,8 @@ def test_a_notebook_is_a_lesson(path):
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def drawings() -> dict[Path, str]:
-    source = ROOT / "docs" / "drawings" / "make.py"
-    spec = importlib.util.spec_from_file_location("make_drawings", source)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.drawings()
-
-
 def test_drawings_are_what_their_scripts_draw_and_can_be_read():
-    drawn = drawings()
+    drawn = DRAWINGS.drawings()
     stored = {path: path.read_text(encoding="utf-8") for path in sorted(drawn) if path.exists()}
     assert stored == drawn
     missing = {path.name[:2] for path in NOTEBOOKS} - {path.stem for path in drawn}
@@ -240,6 +245,7 @@ LESSON = [
     "**Papers:** [StreamingLLM](https://arxiv.org/abs/2309.17453), section 3\n\n"
     "NEIGHBOURS [Glossary](../docs/glossary.md)\n\n"
     f"![{'a drawing of tokens and arrows between them ' * 2}](img/00.svg)",
+    ("install", INSTALL.source()),
     ("setup", "# Set-up: no need to read.\nimport math"),
     ("parameters", 'PROFILE: str = "cpu"  # smoke, cpu or gpu'),
     "## Play\n\nMove it. [sink](../docs/glossary.md#sink) [head](../docs/glossary.md#head) "
@@ -279,11 +285,12 @@ def lesson() -> NotebookNode:
         else:
             cell = new.new_markdown_cell(part.replace("NEIGHBOURS", following))
         notebook.cells.append(cell)
-    notebook.cells[2].metadata["jupyter"] = {"source_hidden": True}
+    notebook.cells[3].metadata["jupyter"] = {"source_hidden": True}
     return notebook
 
 
 SPOILS = {  # what is cut out, and what is said then
+    "steerkit[notebooks]": "does not install",
     "**Claim.**": "Claim",
     "- c\n": "three bullets",
     "**Time:**": "Time",
@@ -333,8 +340,8 @@ def test_code_that_no_learner_should_read_is_named(lesson, source, told):
 
 
 def test_raw_numbers_mannerisms_and_broken_links_are_named(lesson):
-    lesson.cells[5].outputs = [nbformat.v4.new_output("stream", text="0.4000000059604645")]
-    lesson.cells[4].source += " The like of it. [a](nowhere.md) [b](../docs/glossary.md#nowhere)"
+    lesson.cells[6].outputs = [nbformat.v4.new_output("stream", text="0.4000000059604645")]
+    lesson.cells[5].source += " The like of it. [a](nowhere.md) [b](../docs/glossary.md#nowhere)"
     found = "\n".join(faults(NOTEBOOKS[0], lesson))
     for told in ("a raw number", "plainer words", "broken link nowhere.md", "no 'nowhere'"):
         assert told in found
