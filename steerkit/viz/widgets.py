@@ -6,7 +6,7 @@ each move of a control draws the page again, in its place.
 
 import html
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -22,8 +22,14 @@ from steerkit.steering.pasta import emphasise
 from steerkit.viz.html import attention_page, token_texts
 from steerkit.viz.plots import COLOURS, Heads, heat_map, mark_turns, picture
 
-LEFT = 'style="text-align:left"'  # Jupyter aligns cells to the right
 WIDE = {"width": "40em"}
+
+
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    """HTML of a table of texts, on the left of their cells (Jupyter puts them on the right)."""
+    cell = '<td style="text-align:left">{}</td>'.format
+    lines = ("".join(cell(html.escape(text)) for text in row) for row in rows)
+    return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
 
 
 def explore(draw: Callable[..., str], controls: Mapping[str, ipywidgets.Widget]) -> None:
@@ -67,37 +73,30 @@ def chat_box(
     or typed) begins anew: it stands in the first message only, and `questions` are asked first.
     `judge(instruction, reply)` gives a tick, a cross, or None. `beside` is HTML to look things up.
     """
-    begun: list[str] = []
-    talks: dict[str, list[Message]] = {}
+    begun: list[str] = []  # the instruction
+    turns: list[list[str]] = []  # the user's text, and each model's reply
+    marks = {True: "✓ obeys: ", False: "✗ does not obey: ", None: ""}
 
     def send(text: str) -> None:
-        longer = {name: [*talk, Message("user", text)] for name, talk in talks.items()}
-        for name, talk in longer.items():
-            talk.append(Message("assistant", models[name](talk)))
-        talks.update(longer)  # when all have answered
-
-    def row(messages: Sequence[Message]) -> str:
-        if messages[0].role == "user":
-            said = f"<i>user:</i> {html.escape(messages[0].content)}"
-            return f'<td colspan="{len(messages)}" {LEFT}>{said}</td>'
-        marks = {True: "<b>✓ obeys</b><br>", False: "<b>✗ does not obey</b><br>", None: ""}
-        judged = [(marks[judge(*begun, m.content)], html.escape(m.content)) for m in messages]
-        return "".join(f"<td {LEFT}>{mark}{text}</td>" for mark, text in judged)
+        replies = []
+        for k, answer in enumerate(models.values(), start=1):
+            talk = [Message(*m) for t in turns for m in (("user", t[0]), ("assistant", t[k]))]
+            replies.append(answer([*talk, Message("user", text)]))
+        turns.append([text, *replies])
 
     def draw(instruction: str, message: str) -> str:
         if begun != [instruction]:
             begun[:] = [instruction]
-            talks.update({name: [] for name in models})
+            turns.clear()
             for text in (f"{instruction} {questions[0]}", *questions[1:]):
                 send(text)
         if message.strip():
             send(message)
             controls["message"].value = ""  # the same text can be sent again
-        rows = [row(messages) for messages in zip(*talks.values(), strict=True)]
-        head = "".join(f"<th {LEFT}>{html.escape(name)}</th>" for name in models)
-        table = f"<table><tr>{'</tr><tr>'.join([head, *rows])}</tr></table>"
-        parts = "".join(f'<div style="flex:1">{part}</div>' for part in (table, beside))
-        return f'<div style="display:flex;gap:2em;flex-wrap:wrap">{parts}</div>'
+        rows = [[text, *(marks[judge(*begun, r)] + r for r in replies)] for text, *replies in turns]
+        parts = (_table([["user", *models], *rows]), beside)
+        columns = "".join(f'<div style="flex:1">{part}</div>' for part in parts)
+        return f'<div style="display:flex;gap:2em;flex-wrap:wrap">{columns}</div>'
 
     controls = {
         "instruction": ipywidgets.Combobox(
@@ -182,9 +181,7 @@ def explore_steering(
         columns = [column("plain")]
         with emphasise(model, [spans], chosen, alpha=alpha):
             columns.append(column(f"steered, alpha {alpha:.3g}"))
-        rows = zip(*columns, strict=True)
-        cells = ("".join(f"<td {LEFT}>{html.escape(text)}</td>" for text in row) for row in rows)
-        return f"<table><tr>{'</tr><tr>'.join(cells)}</tr></table>"
+        return _table(zip(*columns, strict=True))
 
     controls = {
         "prompt": ipywidgets.Textarea(
