@@ -1,18 +1,21 @@
 """The four tasks: what is drawn, the metrics by hand, other ways to ask, real files."""
 
+import json
 import math
+import sys
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
+from unittest.mock import patch
 
 import pytest
+import real_tasks
 import torch
 
 from steerkit.chat import Message, prompt_ids
 from steerkit.spans import find_span
 from steerkit.statistics import wilson
 from steerkit.steering.pasta import emphasise
-from steerkit.steering.real_data import load_task
 from steerkit.steering.tasks import (
     Example,
     compare,
@@ -30,6 +33,7 @@ from steerkit.steering.tasks import (
     marked,
     pronouns_paper,
     pronouns_strict,
+    read_examples,
     states_value,
     to_prompts,
 )
@@ -262,25 +266,35 @@ FACTS = [
 ]
 
 
+def written_and_read(folder, name, records):
+    """Through the script's files, as notebook 03 reads them."""
+    records_file = folder / "records.jsonl"
+    records_file.write_text("\n".join(map(json.dumps, records)))
+    with patch.object(sys, "argv", ["real_tasks.py", name, str(records_file), str(folder)]):
+        real_tasks.main()
+    examples = read_examples(folder / f"{name}.jsonl")
+    assert examples == real_tasks.make_examples(name, records)
+    return examples
+
+
 @pytest.mark.parametrize("name", ["json", "pronouns", "biasbios"])
-def test_biographies_become_examples(name):
-    task, (ida, bo) = load_task(TASKS[name], BIOS)
-    assert task.name == name
+def test_biographies_become_examples(tmp_path, name):
+    ida, bo = written_and_read(tmp_path, name, BIOS)
     assert ida.span in ida.messages[0].content
     assert "Ida Fox" in ida.messages[0].content
     assert (ida.value, bo.value) == ("nurse", "poet")
     if name == "biasbios":
         assert ida.span == "Ida Fox is a nurse."
         assert ida.candidates == ("nurse", "poet")
-        assert task.strict("nurse. She", ida) == 1
+        assert first_words("nurse. She", ida) == 1
     if name == "json":
-        assert task.strict('{"name": "Ida Fox", "occupation": "nurse"}', ida) == 1
+        assert TASKS[name].strict('{"name": "Ida Fox", "occupation": "nurse"}', ida) == 1
     if name == "pronouns":
-        assert task.strict("Ida Fox is a nurse. They like soup.", ida) == 1
+        assert TASKS[name].strict("Ida Fox is a nurse. They like soup.", ida) == 1
 
 
-def test_counterfactuals_become_examples(tiny):
-    task, (fact,) = load_task(TASKS["counterfact"], FACTS)
+def test_counterfactuals_become_examples(tiny, tmp_path):
+    (fact,) = written_and_read(tmp_path, "counterfact", FACTS)
     assert fact.span == "Currently, The mother tongue of Ida Fox is English."
     assert fact.messages[0].content == (
         "Previously, The mother tongue of Ida Fox is French. "
@@ -288,7 +302,9 @@ def test_counterfactuals_become_examples(tiny):
     )
     assert fact.candidates == ("English", "French")
     assert len(fact.paraphrases) == 2
-    measured = evaluate(*tiny, task, [fact], max_new_tokens=2)  # runs on any chat model
+    measured = evaluate(
+        *tiny, TASKS["counterfact"], [fact], max_new_tokens=2
+    )  # runs on any chat model
     assert measured["PS"].item() in (0, 0.5, 1)
 
 
@@ -296,5 +312,5 @@ def test_counterfactuals_become_examples(tiny):
     ("name", "column"), [("json", "title"), ("counterfact", "requested_rewrite")]
 )
 def test_a_missing_column_is_one_clear_error(name, column):
-    with pytest.raises(ValueError, match=f"no column '{column}' .*rename_columns"):
-        load_task(TASKS[name], [{"raw": "x", "name": "y"}])
+    with pytest.raises(ValueError, match=f"no column '{column}' .*rename"):
+        real_tasks.make_examples(name, [{"raw": "x", "name": "y"}])

@@ -7,7 +7,6 @@ examples:
   steerkit run --profile gpu --model DIR_OR_ID  a real checkpoint on a CUDA GPU
   steerkit notebooks course                     copies of the notebooks, to work in
   steerkit student workshop                     copies without solutions, and the answer key
-  steerkit check workshop/student/*.ipynb       which exercises of students' copies are right
 """
 
 import argparse
@@ -22,7 +21,7 @@ PROFILES = ("smoke", "cpu", "gpu")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 a failed notebook or open exercise, 2 a wrong request, 130 Ctrl-C."""
+    """Exit code: 0 done, 1 a failed notebook, 2 a wrong request, 130 Ctrl-C."""
     args = _parser().parse_args(argv)
     try:
         return COMMANDS[args.name](args)
@@ -56,9 +55,6 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, student):
         command.add_argument("--only", nargs="+", default=(), metavar="NAME", help="by prefix: 04")
 
-    check = commands.add_parser("check", help="say which exercises of a student's copy are right")
-    check.add_argument("notebooks", type=Path, nargs="+", metavar="NOTEBOOK")
-    check.add_argument("--key", type=Path, default=NOTEBOOKS, help="default: the kit's notebooks")
     return parser
 
 
@@ -102,16 +98,4 @@ def _student(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(args: argparse.Namespace) -> int:
-    from steerkit.lab import exercises
-
-    states = []
-    for path in args.notebooks:
-        print(path, flush=True)
-        for number, state in enumerate(exercises.grade(path, args.key), start=1):
-            print(f"  Exercise {number}: {state}")
-            states.append(state)
-    return 0 if set(states) == {exercises.RIGHT} else 1
-
-
-COMMANDS = {"run": _run, "notebooks": _notebooks, "student": _student, "check": _check}
+COMMANDS = {"run": _run, "notebooks": _notebooks, "student": _student}

@@ -1,4 +1,4 @@
-"""Exercises of a notebook: checked where they stand, without solution in a student's copy, graded.
+"""Exercises of a notebook: checked where they stand, without solution in a student's copy.
 
 An exercise is a question cell `**1 (5 minutes).** ... *Hint: ...*` and one code cell below it,
 tagged `exercise`: lines that the student gets, `# Solution` and its lines, and the block
@@ -10,7 +10,6 @@ import ast
 import dis
 import inspect
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
@@ -24,10 +23,10 @@ from nbformat import NotebookNode
 from torch import Tensor
 from torch.testing import assert_close
 
-from steerkit.files import NOTEBOOKS, write_bytes
+from steerkit.files import write_bytes
 
 TAG = "exercise"
-RIGHT, OPEN, GONE = "right", "not done yet", "no verdict: its cell is gone"
+RIGHT, OPEN = "right", "not done yet"
 QUESTION = re.compile(
     r"\*\*(\d+) \(\d+ minutes(?:, difficulty [123] of 3, importance [123] of 3)?\)\.\*\*.*?"
     r"(\s*\*Hint: (.+?)\*\s*)\Z",
@@ -40,8 +39,7 @@ ANSWER = re.compile(
 )
 LINK = re.compile(r"\]\(((?:\.\./)?[^)#:\s]+)")  # a file beside the notebook or its folder
 WELCOME = """*Your copy.* In the exercises below, replace each `...` by your answer and run the
-cell: it says whether the answer is right, or what is wrong with it. `steerkit check NOTEBOOK` runs
-the whole notebook at small size and lists them all."""
+cell: it says whether the answer is right, or what is wrong with it."""
 
 
 @contextmanager
@@ -70,20 +68,21 @@ def compare(yours: Callable, ours: Callable, *cases: Sequence[Any]) -> None:
     AssertionError names the case and says what differs. Each call gets copies of its arguments.
     Numbers are the same within 1e-4 of ours, or 1e-6.
     """
-    close = {
-        "rtol": 1e-4,
-        "atol": 1e-6,
-        "equal_nan": True,
-        "check_dtype": False,
-        "check_device": False,
-    }
     for number, case in enumerate(cases, start=1):
         mine, wanted = yours(*deepcopy(case)), ours(*deepcopy(case))
         told = f"case {number} of {len(cases)}: yours is {mine!r}, expected {wanted!r}"
         try:
             if isinstance(wanted, Tensor | float | int):
                 mine, wanted = torch.as_tensor(mine), torch.as_tensor(wanted)
-            assert_close(mine, wanted, **close)
+            assert_close(
+                mine,
+                wanted,
+                rtol=1e-4,
+                atol=1e-6,
+                equal_nan=True,
+                check_dtype=False,
+                check_device=False,
+            )
         except AssertionError as error:
             raise AssertionError(f"{told}\n\n{error}") from None
         except (TypeError, ValueError, RuntimeError):  # texts, or another kind of thing
@@ -152,54 +151,5 @@ def copy_notebooks(
     return [path for path in files if path.suffix == ".ipynb"]
 
 
-def grade(path: Path, key: Path = NOTEBOOKS) -> list[str]:
-    """Run a copy of a student's notebook at small size, and say of each exercise: right, not done
-    yet, wrong: ..., not reached: ..., or no verdict.
-
-    The assertions are those of the notebook of this name in the folder `key`; the student's own
-    are not executed. Of several cells for one exercise the last one counts.
-    """
-    from steerkit.lab import runner
-
-    originals = [file for file in key.glob("*.ipynb") if path.stem.startswith(file.stem)]
-    if not originals:
-        raise ValueError(f"{path}: no notebook in {key} has its name, and the assertions to check")
-    notebook = nbformat.read(path, as_version=4)
-    exercises = _tagged(nbformat.read(originals[0], as_version=4), TAG)
-    for number, original in enumerate(exercises, start=1):
-        _put_assertions(notebook, number, original)
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Path(folder) / path.name
-        nbformat.write(notebook, trial)
-        values, out = runner.overrides(trial, "smoke"), Path(folder) / "runs"
-        outcome = runner.execute(trial, values, "smoke", out, cwd=path.parent.resolve())
-        executed = nbformat.read(outcome.executed, as_version=4)
-    attempts = [_tagged(executed, f"attempt-{number + 1}") for number in range(len(exercises))]
-    return [_state(cells[-1], outcome.error) if cells else GONE for cells in attempts]
-
-
 def _tagged(notebook: NotebookNode, tag: str) -> list[NotebookNode]:
     return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
-
-
-def _put_assertions(notebook: NotebookNode, number: int, original: NotebookNode) -> None:
-    """End a student's cells for an exercise with the original's block instead of their own."""
-    check = ANSWER.fullmatch(original.source)["check"]
-    block = re.compile(rf"^with {TAG}\({number}\b.*", re.DOTALL | re.MULTILINE)
-    for cell in notebook.cells:
-        if cell.cell_type == "code" and (cell.id == original.id or block.search(cell.source)):
-            answer = block.sub("", cell.source)
-            cell.source = f"{answer}\nfrom steerkit.lab.exercises import compare, {TAG}\n{check}"
-            # After a wrong answer on to the next exercise.
-            cell.metadata["tags"] = ["raises-exception", f"attempt-{number}"]
-
-
-def _state(cell: NotebookNode, error: str | None) -> str:
-    """From an executed exercise's last output: the block's own line, or what was raised."""
-    for output in reversed(cell.outputs):
-        if output.output_type == "error":
-            return f"wrong: {output.ename}: {output.evalue}".rstrip(": ")
-        shown = output.get("data", {}).get("text/plain", "")
-        if match := re.fullmatch(rf"Exercise \d+: ({RIGHT}|{OPEN})\.", shown):
-            return match[1]
-    return GONE if cell.execution_count else f"not reached: {error}"

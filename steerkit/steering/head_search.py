@@ -172,9 +172,8 @@ def score_heads(
     when memory runs out. With `path` the table is written there as it grows, and a later call goes
     on where it ends; the file says of which model, `task` and alpha it is:
 
-        bios = load_dataset("json", data_files="bios.jsonl", split="train")
-        task, examples = load_task(TASKS["json"], bios)
-        table = score_heads(model, to_prompts(tokenizer, examples), path="bios.table", task="json")
+        prompts = to_prompts(tokenizer, read_examples("json.jsonl"))
+        table = score_heads(model, prompts, path="json.table", task="json")
 
     Each prompt is scored by itself, so several processes can share the prompts. In a script that
     `accelerate launch` starts, all get the same table in this way:

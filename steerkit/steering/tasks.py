@@ -1,8 +1,8 @@
 """PASTA's four tasks (2311.02262, section 5): prompt, emphasised span, answer, and metrics.
 
 An example emphasises a phrase of its prompt. A task says how replies are scored: the paper's way,
-and strictly (the whole reply is right). Examples are drawn in `tiny/tasks.py` and loaded in
-`real_data.py`. Scores are (n,) tensors of 0..1, one number per example, so that intervals can be
+and strictly (the whole reply is right). Examples are drawn in `tiny/tasks.py` or
+read from a file. Scores are (n,) tensors of 0..1, one number per example, so that intervals can be
 computed.
 """
 
@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from steerkit.chat import Batch, Message, batches, prompt_ids, reply
+from steerkit.chat import Batch, Message, as_messages, batches, prompt_ids, reply
 from steerkit.models import Model, Tokenizer
 from steerkit.spans import Spans, find_span, span_mask
 from steerkit.steering.scoring import Prompt
@@ -51,6 +52,22 @@ class Example(NamedTuple):
 
 
 Examples = Sequence[Example]
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """Examples of your own from a file of JSON lines, each with the fields of `Example`; a message
+    is {"role": ..., "content": ...}. `data/make/real_tasks.py` writes such files."""
+    examples = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        pairs = json.loads(line).items()
+        fields = {name: tuple(x) if isinstance(x, list) else x for name, x in pairs}
+        fields["messages"] = tuple(as_messages(fields["messages"]))
+        others = fields.get("paraphrases", ())
+        fields["paraphrases"] = tuple(tuple(as_messages(messages)) for messages in others)
+        examples.append(Example(**fields))
+    return examples
+
+
 Metric = Callable[[str, Example], float]
 
 

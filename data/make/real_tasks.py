@@ -1,39 +1,44 @@
-"""The four tasks on real data: biographies of Bias in Bios (1901.09451), as PASTA's own evaluation
-reads them, and counterfactuals of ROME (2202.05262). Prompts follow the paper's appendix.
+"""PASTA's four tasks on real data, as files of examples that notebook 03 and `read_examples` read.
+
+`python data/make/real_tasks.py TASK RECORDS OUT` writes OUT/TASK.jsonl. RECORDS is a file of JSON
+lines: for json, pronouns and biasbios the biographies of Bias in Bios (1901.09451), as PASTA's own
+evaluation reads them, for counterfact the counterfactuals of ROME (2202.05262). Prompts follow the
+paper's appendix. The answer of Pronouns Changing is not in the data.
 
 The hub's "LabHC/bias_in_bios" will not do: it lacks names, and the sentence that is the span.
 """
 
+import argparse
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from steerkit.chat import Message
-from steerkit.steering.tasks import Example, Task, exact, first_words
+from steerkit.files import write_text
+from steerkit.steering.tasks import Example
 
 Record = Mapping[str, Any]
 
 
-def load_task(task: Task, records: Iterable[Record]) -> tuple[Task, list[Example]]:
-    """The task with real examples, and with the metrics that fit them.
-
-    A file's records are read by `datasets.load_dataset("json", data_files=path, split="train")`;
-    `rename_columns` of the result serves data whose columns have other names. The answer of
-    Pronouns Changing is not in the data.
-    """
+def make_examples(task: str, records: Iterable[Record]) -> list[Example]:
+    """The records as examples of a task; ValueError names a column that they lack."""
     try:
-        examples = [_MAKE[task.name](record) for record in records]
+        examples = [_MAKE[task](record) for record in records]
     except KeyError as error:
-        raise ValueError(
-            f"no column {error} for task {task.name}: use Dataset.rename_columns of `datasets`"
-        ) from error
-    if task.name == "biasbios":
+        raise ValueError(f"no column {error} for task {task}: rename the file's columns") from error
+    if task == "biasbios":
         occupations = tuple(sorted({example.value for example in examples}))
         examples = [example._replace(candidates=occupations) for example in examples]
-    strict = first_words if task.strict is exact else task.strict
-    return replace(task, strict=strict), examples
+    return examples
+
+
+def as_line(example: Example) -> str:
+    """One line of JSON; messages as dicts."""
+    paraphrases = [[m._asdict() for m in messages] for messages in example.paraphrases]
+    fields = example._asdict() | {"paraphrases": paraphrases}
+    return json.dumps(fields | {"messages": [m._asdict() for m in example.messages]})
 
 
 def _person(record: Record) -> tuple[str, str, str]:
@@ -79,3 +84,18 @@ def _counterfact(record: Record) -> Example:
 
 
 _MAKE = {"json": _json, "pronouns": _pronouns, "biasbios": _biography, "counterfact": _counterfact}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", choices=sorted(_MAKE))
+    parser.add_argument("records", type=Path)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    records = map(json.loads, options.records.read_text(encoding="utf-8").splitlines())
+    lines = [as_line(example) for example in make_examples(options.task, records)]
+    write_text(options.out / f"{options.task}.jsonl", "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
