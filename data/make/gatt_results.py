@@ -1,7 +1,7 @@
 """The trainings behind notebook 01: every arm and seed sampled, trained, measured, and stored.
 
 `python data/make/gatt_results.py run --out DIR` makes them, one JSON and one CSV file per arm and
-seed, and passes over those that are there (an hour on one core). `collect` joins the files into
+seed, and passes over those that are there (three hours on one core). `collect` joins the files into
 data/gatt_replies.csv and data/gatt_runs.json; `ship` copies one seed's adapters to data/tiny-gatt
 and data/tiny-gatt-mixed.
 """
