@@ -47,18 +47,18 @@ def test_repetition_is_the_longer_dialogue(tiny):
     assert "chess" not in other(*tiny, DIALOGUES[:1], INSTRUCTIONS[:1])[0]
 
 
-def test_steering_is_of_the_instruction_or_of_where_it_is_moved_to(tiny):
+@pytest.mark.parametrize("said", [(0,), (0, 1)], ids=["said once", "quoted later"])
+def test_steering_is_of_the_instruction_or_of_where_it_is_moved_to(tiny, said):
     model, tokenizer = tiny
-    boost = partial(additive_bias, bias=5.0)
+    boost, asked = partial(additive_bias, bias=5.0), dialogue(3, said=said)
     for where in (lambda span, _: span, lambda span, _: (0, span[1]), lambda _, n: (n - 5, n - 2)):
-        (text,) = steered(boost, where=where)(*tiny, DIALOGUES[:1], INSTRUCTIONS[:1])
-        span = find_span(tokenizer, DIALOGUES[0], INSTRUCTION)
-        span = where(span, len(prompt_ids(tokenizer, DIALOGUES[0])))
+        (text,) = steered(boost, where=where)(*tiny, [asked], INSTRUCTIONS[:1])
+        span = find_span(tokenizer, asked, INSTRUCTION, occurrence=0)
+        span = where(span, len(prompt_ids(tokenizer, asked)))
         with boost(model, [[span]]):
-            assert [text] == reply(*tiny, DIALOGUES[:1])
+            assert [text] == reply(*tiny, [asked])
 
 
-@torch.no_grad()
 def test_guidance_is_the_formula_token_by_token(tiny):
     """No cache, no padding, no batch: g (log p(with) - log p(without)) + log p(without)."""
     model, tokenizer = tiny

@@ -63,7 +63,8 @@ def steered(
         spans = []
         for dialogue, instruction in zip(dialogues, wanted, strict=True):
             tokens = len(prompt_ids(tokenizer, dialogue))
-            spans.append([where(find_span(tokenizer, dialogue, instruction), tokens)])
+            span = find_span(tokenizer, dialogue, instruction, occurrence=0)  # a reply may quote it
+            spans.append([where(span, tokens)])
 
         def steer(batch: Batch) -> AbstractContextManager:
             return method(model, batch.move(spans))
