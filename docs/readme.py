@@ -114,6 +114,17 @@ def from_scratch(notebook: str) -> tuple[str, str, str]:
     return f"{DORMANT}; StreamingLLM, Table 3", f"{published}{table['1+1023']:.1f}", our_text
 
 
+def which_lever(notebook: str) -> tuple[str, str, str]:
+    trained = ours(notebook, "trained_beats_levers")
+    pinned = ours(notebook, "pinned_tiny-gatt-mixed_neutral")
+    our_text = "among neutral replies at turn 20: levers at equal side effects "
+    our_text += f"{trained['best of these']:.0%}, mixed GAtt {trained['GAtt, mixed histories']:.0%}"
+    late = side_by_side(pinned, "pinned evicted", "{:.0%}")
+    our_text += f"; at turns 151 to 200, pinned / evicted: {late}"
+    papers = "PASTA, InstABoost, SpotLight, split-softmax, guidance, GAtt, StreamingLLM"
+    return papers, "none: each paper has its own tasks", our_text
+
+
 ROWS = {  # notebook -> paper, the paper's number, ours
     "00_start_here": start_here,
     "01_gatt_training": gatt,
@@ -121,6 +132,7 @@ ROWS = {  # notebook -> paper, the paper's number, ours
     "03_pasta_head_search": pasta,
     "04_streaming_llm": streams,
     "05_sink_from_scratch": from_scratch,
+    "06_which_lever": which_lever,
 }
 
 

@@ -23,7 +23,6 @@ from steerkit.lab.exercises import ANSWER, QUESTION
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 GLOSSARY = ROOT / "docs" / "glossary.md"
-BEING_REWRITTEN = {"00", "01", "03", "05", "06"}  # they link to 06, which is to come
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 LONG_NUMBER = re.compile(r"\d\.\d{7,}")
 MANNERISMS = re.compile(
@@ -211,10 +210,7 @@ def outputs(path: Path, cells: list[NotebookNode]) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_a_lesson(path):
-    found = faults(path)
-    if found and path.name[:2] in BEING_REWRITTEN:
-        pytest.xfail(f"{len(found)} parts are missing")
-    assert found == []
+    assert faults(path) == []
 
 
 # Drawings
@@ -226,8 +222,7 @@ def test_drawings_are_what_their_scripts_draw_and_can_be_read():
     drawn = DRAWINGS.drawings()
     stored = {path: path.read_text(encoding="utf-8") for path in sorted(drawn) if path.exists()}
     assert stored == drawn
-    missing = {path.name[:2] for path in NOTEBOOKS} - {path.stem for path in drawn}
-    assert missing <= BEING_REWRITTEN
+    assert {path.name[:2] for path in NOTEBOOKS} == {path.stem for path in drawn}
     for text in drawn.values():
         root = ElementTree.fromstring(text)
         assert root.get("width") == "960" and root.find(f"{SVG}rect").get("fill") == "#ffffff"

@@ -56,7 +56,7 @@ MODELS = ("tiny", "tiny-gatt", "tiny-gatt-mixed")
 TURNS = (3, 8, 20)
 HEADS = 4  # searched, and as many random ones
 CAPACITY = 252  # tokens in the cache of an endless dialogue
-PARTS = ("sweep", "histories", "endless")
+PARTS = ("sweep", "histories", "kept", "endless")
 
 Method = Callable[[Model, Spans], AbstractContextManager]
 
@@ -198,7 +198,7 @@ def choose(swept: pd.DataFrame) -> dict[str, float]:
     Little: at least 90 % of the facts are right, and half of the other instructions are kept that
     are kept without a lever. Where no strength is that mild, the weakest one is taken.
     """
-    chosen, kept = {}, swept.loc[swept["lever"].eq("nothing"), "other"].iloc[0]
+    chosen, usual = {}, swept.loc[swept["lever"].eq("nothing"), "other"].iloc[0]
     for name, table in swept.query("strength > 0").groupby("lever"):
         rows = table.groupby("strength", sort=False).agg(
             obeyed=("obeyed", "sum"),
@@ -206,7 +206,7 @@ def choose(swept: pd.DataFrame) -> dict[str, float]:
             n=("n", "sum"),
             other=("other", "first"),
         )
-        mild = rows[(rows["right"] >= 0.9 * rows["n"]) & (rows["other"] >= 0.5 * kept)]
+        mild = rows[(rows["right"] >= 0.9 * rows["n"]) & (rows["other"] >= 0.5 * usual)]
         chosen[name] = mild["obeyed"].idxmax() if len(mild) else rows.index[0]
     return chosen
 
@@ -250,6 +250,12 @@ def side_effects(
     if method is not None:
         broken["kl"] = divergence(model, tokenizer, method, quiet, wanted, without)
     return broken
+
+
+def kept(model: Model, tokenizer: Tokenizer, seed: int) -> pd.DataFrame:
+    """The same without a lever: what a trained model keeps."""
+    alone = side_effects(model, tokenizer, plain, None, seed=seed)
+    return pd.DataFrame([{"lever": "nothing", "strength": 0.0, **alone}])
 
 
 def three_questions(rng: random.Random) -> tuple[Question, ...]:
@@ -375,7 +381,7 @@ def run(part: str, name: str, seed: int, out: Path) -> pd.DataFrame:
         chosen = choose(run("sweep", name, PROFILE, out))
         table = histories(model, tokenizer, seed, chosen)
     else:
-        table = {"sweep": sweep, "endless": endless}[part](model, tokenizer, seed)
+        table = {"sweep": sweep, "kept": kept, "endless": endless}[part](model, tokenizer, seed)
     table = table.assign(model=name, part=part, seed=seed)
     write_text(path, table.to_csv(index=False, lineterminator="\n"))
     return table
