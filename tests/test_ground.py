@@ -55,7 +55,8 @@ def test_the_python_range_is_the_same_everywhere():
 def test_every_dependency_of_every_extra_is_pinned_in_its_range():
     lists = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
     for requirement in (Requirement(text) for requirements in lists for text in requirements):
-        assert requirement.specifier.contains(PINS[requirement.name]), requirement
+        if requirement.name != "steerkit":  # an extra that another one brings along
+            assert requirement.specifier.contains(PINS[requirement.name]), requirement
     assert all(re.fullmatch(r"\d[\w.]*", version) for version in PINS.values())
     assert not any(re.match(r"(nvidia-|cuda-|triton)", name) for name in PINS)  # the machine's
 
