@@ -6,6 +6,7 @@ import lever_results as bench
 import pandas as pd
 import pytest
 
+from steerkit.files import DATA
 from steerkit.gatt.evaluation import adherence_by_turn
 from steerkit.steering.levers import plain, steered
 from steerkit.steering.other_methods import additive_bias
@@ -49,3 +50,11 @@ def test_the_chosen_strength_obeys_most_within_the_budget():
     rows += [("x", 3, 9, 8, 0.8), ("x", 4, 9, 10, 0.3), ("y", 1, 1, 0, 0.8), ("y", 2, 9, 0, 0.0)]
     swept = pd.DataFrame(rows, columns=["lever", "strength", "obeyed", "right", "other"])
     assert bench.choose(swept.assign(n=10)) == {"x": 2, "y": 1}
+
+
+def test_no_divergence_is_stored_of_a_span_that_was_moved():
+    """It would be that of the span where it stood."""
+    stored = pd.read_csv(DATA / "levers.csv").query("part == 'sweep'")
+    moved = stored["lever"].isin(bench.WHERE)
+    assert moved.any() and stored.loc[moved, "kl"].isna().all()
+    assert stored.loc[stored["lever"].eq("SpotLight"), "kl"].notna().all()

@@ -15,7 +15,8 @@ def draw() -> str:
     desc = (
         "A reply's way from left to right: prompt, attention, weights, cache, prediction. Below "
         "each station the levers that act there: say it again; PASTA, InstABoost, SpotLight and "
-        "split-softmax; Ghost Attention; pin the first message; guidance."
+        "split-softmax; Ghost Attention; pin the first message; guidance. At the bottom their "
+        "prices: tokens, side effects, a training, cache room, a second pass."
     )
     canvas = Canvas(310, title="Where the levers act", desc=desc)
     canvas.text(480, 28, "Five places to keep an instruction", size=22, bold=True)
@@ -27,9 +28,8 @@ def draw() -> str:
             canvas.arrow((left - gap + 2, 88), (left - 2, 88), colour=GREY)
         lines = levers.count("\n") + 1
         canvas.text(left + width / 2, 150 + 11 * lines, levers, size=18)
-    canvas.text(112, 282, "costs tokens", size=16, colour=GREY)
-    canvas.text(304, 282, "costs strength", size=16, colour=GREY)
-    canvas.text(496, 282, "costs a training", size=16, colour=GREY)
-    canvas.text(688, 282, "costs nothing", size=16, colour=GREY)
-    canvas.text(872, 282, "costs a 2nd pass", size=16, colour=GREY)
+    prices = ("tokens", "side effects", "a training", "cache room", "a second pass")
+    for number, price in enumerate(prices):
+        middle = 16 + number * (width + gap) + width / 2
+        canvas.text(middle, 282, f"price: {price}", size=16, colour=GREY)
     return canvas.svg()

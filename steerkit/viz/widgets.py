@@ -25,7 +25,7 @@ from steerkit.viz.plots import COLOURS, Heads, heat_map, mark_turns, picture
 WIDE = {"width": "40em"}
 
 
-def _table(rows: Iterable[Sequence[str]]) -> str:
+def text_table(rows: Iterable[Sequence[str]]) -> str:
     """HTML of a table of texts, on the left of their cells (Jupyter puts them on the right)."""
     cell = '<td style="text-align:left">{}</td>'.format
     lines = ("".join(cell(html.escape(text)) for text in row) for row in rows)
@@ -94,7 +94,7 @@ def chat_box(
             send(message)
             controls["message"].value = ""  # the same text can be sent again
         rows = [[text, *(marks[judge(*begun, r)] + r for r in replies)] for text, *replies in turns]
-        parts = (_table([["user", *models], *rows]), beside)
+        parts = (text_table([["user", *models], *rows]), beside)
         columns = "".join(f'<div style="flex:1">{part}</div>' for part in parts)
         return f'<div style="display:flex;gap:2em;flex-wrap:wrap">{columns}</div>'
 
@@ -181,7 +181,7 @@ def explore_steering(
         columns = [column("plain")]
         with emphasise(model, [spans], chosen, alpha=alpha):
             columns.append(column(f"steered, alpha {alpha:.3g}"))
-        return _table(zip(*columns, strict=True))
+        return text_table(zip(*columns, strict=True))
 
     controls = {
         "prompt": ipywidgets.Textarea(
