@@ -1,7 +1,7 @@
 """The measurements behind notebook 06: every lever, strength, history and model, and side effects.
 
 `python data/make/lever_results.py run --out DIR` makes them, one CSV file per part, model and seed,
-and passes over those that are there (about two hours on one core). `collect` joins them into
+and passes over those that are there (about two hours on one core; the part `longest` only when named, another hour). `collect` joins them into
 data/levers.csv and data/endless.csv. Heads and strengths are chosen on seed 0, whose dialogues are
 not reported.
 """
@@ -56,7 +56,7 @@ MODELS = ("tiny", "tiny-gatt", "tiny-gatt-mixed")
 TURNS = (3, 8, 20)
 HEADS = 4  # searched, and as many random ones
 CAPACITY = 252  # tokens in the cache of an endless dialogue
-PARTS = ("sweep", "histories", "kept", "endless")
+PARTS = ("sweep", "histories", "kept", "endless", "longest")
 
 Method = Callable[[Model, Spans], AbstractContextManager]
 
@@ -381,7 +381,9 @@ def run(part: str, name: str, seed: int, out: Path) -> pd.DataFrame:
         chosen = choose(run("sweep", name, PROFILE, out))
         table = histories(model, tokenizer, seed, chosen)
     else:
-        table = {"sweep": sweep, "kept": kept, "endless": endless}[part](model, tokenizer, seed)
+        longest = partial(endless, turns=2000, every=100)
+        parts = {"sweep": sweep, "kept": kept, "endless": endless, "longest": longest}
+        table = parts[part](model, tokenizer, seed)
     table = table.assign(model=name, part=part, seed=seed)
     write_text(path, table.to_csv(index=False, lineterminator="\n"))
     return table
@@ -394,7 +396,7 @@ def collect(out: Path, seeds: Sequence[int]) -> None:
         for name in MODELS:
             for path in (out / f"{part}-{name}-{seed}.csv" for seed in seeds):
                 if path.exists():
-                    tables["endless" if part == "endless" else "levers"].append(pd.read_csv(path))
+                    tables["endless" if part in ("endless", "longest") else "levers"].append(pd.read_csv(path))
     for name, parts in tables.items():
         text = pd.concat(parts).to_csv(index=False, lineterminator="\n", float_format="%.4g")
         write_text(DATA / f"{name}.csv", text)
@@ -404,7 +406,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=("run", "collect"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:-1])
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     options = parser.parse_args()
