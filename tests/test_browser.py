@@ -9,6 +9,7 @@ import http.server
 import importlib.util
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -19,7 +20,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nbformat
 import pytest
@@ -27,9 +28,11 @@ import pytest
 from steerkit.files import NOTEBOOKS, ROOT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-NAME = "02_attention_heatmaps"
 MINUTES = 10  # for all cells, in the smoke profile, on a machine that does other things too
-SCREENSHOT = ROOT / "runs" / "browser" / f"{NAME}.png"
+SCREENSHOTS = ROOT / "runs" / "browser"
+BOX = re.compile(
+    r"^(widgets\.)?(chats|chat_box|explore\w*)\(", re.MULTILINE
+)  # a cell that draws one
 # In a closed network each of these would fail, loudly.
 OFF = ("gpu", "quic", "background-networking", "component-update", "sync")
 SETTINGS = {  # no questions to the network, and cells beyond the screen are on the page too
@@ -44,46 +47,41 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def notebook(tmp_path: Path) -> Path:
-    """A folder with the notebook in its smoke profile and without outputs."""
-    source = nbformat.read(NOTEBOOKS / f"{NAME}.ipynb", as_version=4)
-    for cell in source.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-            cell.source = cell.source.replace('PROFILE: str = "cpu"', 'PROFILE: str = "smoke"')
-    assert 'PROFILE: str = "smoke"' in "".join(cell.source for cell in source.cells)
-    path = tmp_path / "notebooks" / f"{NAME}.ipynb"
-    shutil.copytree(NOTEBOOKS / "img", path.parent / "img")
-    nbformat.write(source, path)
-    return path
+class Lab(NamedTuple):
+    """A JupyterLab that runs."""
+
+    url: str
+    token: str
+    folder: Path  # of the notebooks
 
 
-@pytest.fixture
-def lab(notebook: Path, tmp_path: Path) -> Iterator[str]:
-    """JupyterLab on a free port of this machine, its token on -> the notebook's address."""
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """JupyterLab on a free port of this machine, its token on; a kernel that nobody uses ends."""
+    root = tmp_path_factory.mktemp("lab")
+    shutil.copytree(NOTEBOOKS / "img", root / "notebooks" / "img")
     for plugin, values in SETTINGS.items():
-        path = tmp_path / "settings" / "@jupyterlab" / f"{plugin}.jupyterlab-settings"
+        path = root / "settings" / "@jupyterlab" / f"{plugin}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     kinds = ("JUPYTER_CONFIG", "JUPYTER_DATA", "JUPYTER_RUNTIME", "JUPYTERLAB_WORKSPACES")
-    folders = {f"{kind}_DIR": str(tmp_path / kind.lower()) for kind in kinds}
-    folders["JUPYTERLAB_SETTINGS_DIR"] = str(tmp_path / "settings")
-    token = secrets.token_hex(16)
+    folders = {f"{kind}_DIR": str(root / kind.lower()) for kind in kinds}
+    folders["JUPYTERLAB_SETTINGS_DIR"] = str(root / "settings")
+    lab = Lab(f"http://127.0.0.1:{port}", secrets.token_hex(16), root / "notebooks")
     command = [
         *(sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root"),
         *("--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"),
-        *(f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={notebook.parent}"),
+        *(f"--IdentityProvider.token={lab.token}", f"--ServerApp.root_dir={lab.folder}"),
+        *(f"--MappingKernelManager.cull_{k}" for k in ("idle_timeout=60", "interval=10")),
     ]
-    with (tmp_path / "lab.log").open("w+") as log:
+    with (root / "lab.log").open("w+") as log:
         server = subprocess.Popen(command, env=os.environ | folders, stdout=log, stderr=log)
         try:
-            url = f"http://127.0.0.1:{port}"
-            _until(lambda: _answers(f"{url}/api"), 120, Path(log.name).read_text)
-            yield f"{url}/lab/tree/{notebook.name}?token={token}"
+            _until(lambda: _answers(f"{lab.url}/api"), 120, Path(log.name).read_text)
+            yield lab
         finally:
             server.terminate()
             server.wait(30)
@@ -111,32 +109,95 @@ def page() -> Iterator[Any]:
         browser.close()
 
 
-def test_notebook_02_runs_and_its_explorer_redraws(page, lab):
-    page.goto(lab)
+def smoke_copy(
+    number: str, folder: Path, *, last: re.Pattern[str] | None = None
+) -> tuple[str, int]:
+    """A notebook in its smoke profile, without outputs, cut behind the first cell that has `last`.
+
+    Returns its name and how many code cells it has.
+    """
+    (path,) = NOTEBOOKS.glob(f"{number}_*.ipynb")
+    notebook, cells = nbformat.read(path, as_version=4), []
+    for cell in notebook.cells:
+        cells.append(cell)
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+            cell.source = cell.source.replace('PROFILE: str = "cpu"', 'PROFILE: str = "smoke"')
+            if last and last.search(cell.source):
+                break
+    assert 'PROFILE: str = "smoke"' in "".join(cell.source for cell in cells)
+    notebook.cells = cells
+    nbformat.write(notebook, folder / path.name)
+    return path.stem, sum(cell.cell_type == "code" for cell in cells)
+
+
+def run_all(page: Any, lab: Lab, name: str, cells: int) -> None:
+    """Open a notebook as a reader does, and wait until all its code cells have run."""
+    page.goto(f"{lab.url}/lab/workspaces/{name}/tree/{name}.ipynb?token={lab.token}")
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=120_000)
     page.get_by_text("(ipykernel) | Idle").wait_for(timeout=120_000)  # else cells are not run
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
+    # Cells run in order: when the last one has its number, all have. Text of folded cells counts.
     prompts = page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt")
-    _until(lambda: _all_run(prompts.all_inner_texts()), MINUTES * 60, prompts.all_inner_texts)
+    done = f"[{cells}]:"
+    _until(lambda: prompts.all_text_contents()[-1] == done, MINUTES * 60, prompts.all_text_contents)
 
+
+def keep_and_check(page: Any, shown: Any, name: str) -> None:
+    """Keep a picture of the page at `shown`; no cell, box or script has failed."""
+    shown.scroll_into_view_if_needed()
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png")
+    assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
+    assert page.locator('.jp-OutputArea-output [role="alert"]').count() == 0
+    assert page.errors == []
+
+
+def test_notebook_02_runs_and_its_explorer_redraws(page, lab):
+    name, cells = smoke_copy("02", lab.folder)
+    run_all(page, lab, name, cells)
     explorer = page.locator('.jp-OutputArea-output figure:has(img[alt$="framed."])')
     caption = explorer.locator("figcaption")
     caption.wait_for(timeout=60_000)
     assert "turn 2" in caption.inner_text()
     before = explorer.locator("img").get_attribute("src")
     slider = page.locator(".widget-slider", has_text="turn").locator(".noUi-handle")
-    slider.focus()
-    page.keyboard.press("ArrowLeft")
+    slider.press("ArrowLeft")
     _until(lambda: "turn 1" in caption.inner_text(), 120, caption.inner_text)
     assert explorer.locator("img").get_attribute("src") != before
-    slider.scroll_into_view_if_needed()
-    SCREENSHOT.parent.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=SCREENSHOT)
+    keep_and_check(page, slider, name)
 
-    assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
-    assert page.locator('.jp-OutputArea-output [role="alert"]').count() == 0
-    assert page.errors == []
+
+def write(text: str, key: str) -> Callable[[Any], None]:
+    """Fill a text field and leave it."""
+    return lambda field: (field.fill(text), field.press(key))
+
+
+PLAY = {  # notebook: a control of its first box, what a reader does to it, what the box then says
+    "00": ("message", write("Where does Clara Carver live?", "Enter"), "Clara Carver lives in"),
+    "01": ("instruction", write("Hobby: chess.", "Enter"), "I love chess"),
+    "03": ("prompt", write("Ann is a [baker]. Ann is a cook. What is Ann?", "Tab"), "baker"),
+    "04": ("read", lambda slider: slider.press("ArrowLeft"), "35 tokens read"),
+    "05": ("step", lambda slider: slider.press("End"), "Step 600"),
+    "06": ("lever", lambda menu: menu.select_option("guidance"), "guidance"),
+}
+
+
+@pytest.mark.parametrize("number", PLAY, ids="{}@lab".format)
+def test_the_first_box_of_a_notebook_answers(page, lab, number):
+    control, act, answer = PLAY[number]
+    name, cells = smoke_copy(number, lab.folder, last=BOX)
+    run_all(page, lab, name, cells)
+    cell = page.locator(".jp-CodeCell").last
+    row = cell.locator(".widget-inline-hbox", has=page.get_by_text(control, exact=True))
+    handle = row.locator("input, select, textarea, .noUi-handle")
+    handle.wait_for(timeout=60_000)
+    shown = cell.locator(".jp-RenderedHTML")
+    assert answer not in shown.inner_text()
+    act(handle)
+    _until(lambda: answer in shown.inner_text(), 120, shown.inner_text)
+    keep_and_check(page, handle, name)
 
 
 @pytest.fixture
@@ -193,14 +254,9 @@ def test_the_site_is_read_and_searched_without_a_network(page, site):
     page.locator('button.theme-change-button[data-mode="dark"]').first.click()
     page.locator('html[data-theme="dark"]').wait_for()
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
-    page.screenshot(path=SCREENSHOT.with_name("site.png"))
+    page.screenshot(path=SCREENSHOTS / "site.png")
     assert [url for url in asked if not url.startswith((site, "data:"))] == []
     assert page.errors == []
-
-
-def _all_run(prompts: list[str]) -> bool:
-    """Cells run in order: the last one's number is the last. A collapsed one shows none."""
-    return len(prompts) > 10 and prompts[-1].strip("[]: ").isdigit()
 
 
 def _until(done: Callable[[], bool], seconds: float, state: Callable[[], Any]) -> None:

@@ -1,9 +1,9 @@
 """The measurements behind notebook 06: every lever, strength, history and model, and side effects.
 
 `python data/make/lever_results.py run --out DIR` makes them, one CSV file per part, model and seed,
-and passes over those that are there (about two hours on one core; the part `longest` only when named, another hour). `collect` joins them into
-data/levers.csv and data/endless.csv. Heads and strengths are chosen on seed 0, whose dialogues are
-not reported.
+and passes over those that are there (an hour and more a seed on one core; `longest` only when
+named). `collect` joins them into data/levers.csv and data/endless.csv. Heads and strengths are
+chosen on seed 0, whose dialogues are not reported.
 """
 
 import argparse
@@ -293,16 +293,23 @@ def divergence(
 
 
 def endless(
-    model: Model, tokenizer: Tokenizer, seed: int, *, turns: int = 200, every: int = 10
+    model: Model,
+    tokenizer: Tokenizer,
+    seed: int,
+    *,
+    turns: int = 200,
+    every: int = 10,
+    pins: Sequence[bool] = (False, True),
+    kinds: Sequence[str] = ("own", "neutral"),
 ) -> pd.DataFrame:
     """One dialogue per family through a cache of `CAPACITY` tokens, its instruction evicted or
     pinned, on the model's own history and on a neutral one: replies at each `every`th turn."""
-    lines = []
+    lines, answers = [], {"own": own_replies, "neutral": replies_among}
     for plan in evaluation_plans(seed, 1, held_out=False, turns=turns):
         family = plan.constraints[0].family
-        for pin in (False, True):
-            for kind, answer in (("own", own_replies), ("neutral", replies_among)):
-                texts = answer(model, tokenizer, plan, pin=pin, every=every)
+        for pin in pins:
+            for kind in kinds:
+                texts = answers[kind](model, tokenizer, plan, pin=pin, every=every)
                 for turn, text in texts.items():
                     obeyed = plan.constraints[0].obeyed(text)
                     right = plan.right(turn - 1, text)
@@ -381,7 +388,7 @@ def run(part: str, name: str, seed: int, out: Path) -> pd.DataFrame:
         chosen = choose(run("sweep", name, PROFILE, out))
         table = histories(model, tokenizer, seed, chosen)
     else:
-        longest = partial(endless, turns=2000, every=100)
+        longest = partial(endless, turns=2000, every=100, pins=(True,), kinds=("neutral",))
         parts = {"sweep": sweep, "kept": kept, "endless": endless, "longest": longest}
         table = parts[part](model, tokenizer, seed)
     table = table.assign(model=name, part=part, seed=seed)
@@ -392,11 +399,12 @@ def run(part: str, name: str, seed: int, out: Path) -> pd.DataFrame:
 def collect(out: Path, seeds: Sequence[int]) -> None:
     """Join the files of `out` into data/levers.csv and data/endless.csv."""
     tables = {"levers": [], "endless": []}
+    files = dict.fromkeys(PARTS, "levers") | dict.fromkeys(("endless", "longest"), "endless")
     for part in PARTS:
         for name in MODELS:
             for path in (out / f"{part}-{name}-{seed}.csv" for seed in seeds):
                 if path.exists():
-                    tables["endless" if part in ("endless", "longest") else "levers"].append(pd.read_csv(path))
+                    tables[files[part]].append(pd.read_csv(path))
     for name, parts in tables.items():
         text = pd.concat(parts).to_csv(index=False, lineterminator="\n", float_format="%.4g")
         write_text(DATA / f"{name}.csv", text)
