@@ -1,5 +1,5 @@
 """What a reader meets, in a real browser: notebook 02 in JupyterLab, all cells run, a slider moved;
-and the web site, clicked through.
+the first box of each other notebook, one control moved; and the web site, clicked through.
 
 Needs Debian's Chromium and the extra `browser` (Playwright's driver; it downloads no browser).
 """
@@ -30,9 +30,7 @@ from steerkit.files import NOTEBOOKS, ROOT
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 MINUTES = 10  # for all cells, in the smoke profile, on a machine that does other things too
 SCREENSHOTS = ROOT / "runs" / "browser"
-BOX = re.compile(
-    r"^(widgets\.)?(chats|chat_box|explore\w*)\(", re.MULTILINE
-)  # a cell that draws one
+BOX = re.compile(r"^(widgets\.)?(chats|chat_box|explore\w*)\(", re.MULTILINE)  # draws controls
 # In a closed network each of these would fail, loudly.
 OFF = ("gpu", "quic", "background-networking", "component-update", "sync")
 SETTINGS = {  # no questions to the network, and cells beyond the screen are on the page too
@@ -109,12 +107,10 @@ def page() -> Iterator[Any]:
         browser.close()
 
 
-def smoke_copy(
-    number: str, folder: Path, *, last: re.Pattern[str] | None = None
-) -> tuple[str, int]:
+def smoke_copy(number: str, folder: Path, last: re.Pattern[str] | None = None) -> tuple[str, int]:
     """A notebook in its smoke profile, without outputs, cut behind the first cell that has `last`.
 
-    Returns its name and how many code cells it has.
+    Returns its name, and how many code cells it has.
     """
     (path,) = NOTEBOOKS.glob(f"{number}_*.ipynb")
     notebook, cells = nbformat.read(path, as_version=4), []
@@ -138,19 +134,19 @@ def run_all(page: Any, lab: Lab, name: str, cells: int) -> None:
     page.get_by_text("(ipykernel) | Idle").wait_for(timeout=120_000)  # else cells are not run
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
-    # Cells run in order: when the last one has its number, all have. Text of folded cells counts.
-    prompts = page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt")
-    done = f"[{cells}]:"
-    _until(lambda: prompts.all_text_contents()[-1] == done, MINUTES * 60, prompts.all_text_contents)
+    # In order, so when the last one has its number, all have. Folded cells have an unseen prompt.
+    prompts = page.locator(".jp-Notebook .jp-CodeCell .jp-InputPrompt").all_text_contents
+    failed = page.locator(".jp-OutputArea-output:has(.ansi-red-fg)")  # a traceback; stderr is plain
+    _until(lambda: failed.count() or prompts()[-1] == f"[{cells}]:", MINUTES * 60, prompts)
+    assert failed.all_inner_texts() == []
 
 
 def keep_and_check(page: Any, shown: Any, name: str) -> None:
-    """Keep a picture of the page at `shown`; no cell, box or script has failed."""
+    """Keep a picture of the page at `shown`; no box and no script has failed."""
     shown.scroll_into_view_if_needed()
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{name}.png")
-    assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
-    assert page.locator('.jp-OutputArea-output [role="alert"]').count() == 0
+    assert page.locator('.jp-OutputArea-output [role="alert"]').all_inner_texts() == []
     assert page.errors == []
 
 
@@ -174,10 +170,11 @@ def write(text: str, key: str) -> Callable[[Any], None]:
     return lambda field: (field.fill(text), field.press(key))
 
 
+JOBS = "Ida Hill works as a [baker]. Ida Hill works as a judge. What is the job of Ida Hill?"
 PLAY = {  # notebook: a control of its first box, what a reader does to it, what the box then says
     "00": ("message", write("Where does Clara Carver live?", "Enter"), "Clara Carver lives in"),
     "01": ("instruction", write("Hobby: chess.", "Enter"), "I love chess"),
-    "03": ("prompt", write("Ann is a [baker]. Ann is a cook. What is Ann?", "Tab"), "baker"),
+    "03": ("prompt", write(JOBS, "Tab"), "baker"),
     "04": ("read", lambda slider: slider.press("ArrowLeft"), "35 tokens read"),
     "05": ("step", lambda slider: slider.press("End"), "Step 600"),
     "06": ("lever", lambda menu: menu.select_option("guidance"), "guidance"),
@@ -196,7 +193,7 @@ def test_the_first_box_of_a_notebook_answers(page, lab, number):
     shown = cell.locator(".jp-RenderedHTML")
     assert answer not in shown.inner_text()
     act(handle)
-    _until(lambda: answer in shown.inner_text(), 120, shown.inner_text)
+    _until(lambda: answer in shown.inner_text(), 60, shown.inner_text)
     keep_and_check(page, handle, name)
 
 
