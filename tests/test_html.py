@@ -52,6 +52,13 @@ def test_every_token_carries_its_number_and_text_and_nothing_can_run_or_load() -
     assert "url(" not in source and "http" not in source and source.count("</div>") == 1
 
 
+def test_the_colours_of_the_legend_take_room() -> None:
+    """HTML collapses plain spaces, and an empty swatch has no width."""
+    source = attention_page(TEXTS, VALUES, title="t")
+    swatches = re.findall(r"<i[^>]*>(.*?)</i>", source)[: len(SHADES)]
+    assert len(swatches) == len(SHADES) and all("\N{NO-BREAK SPACE}" in x for x in swatches)
+
+
 def light(colour: str) -> float:
     """Relative luminance, as WCAG 2 defines it."""
     parts = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]

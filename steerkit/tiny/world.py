@@ -140,7 +140,8 @@ def card() -> str:
     asked = " ".join(TABLES["attributes"][a]["ask"][0].format(n=who.name) for a in ATTRIBUTES)
     asked += " With <i>pronoun</i> ask: Repeat: She lives in Oslo."
     people = ", ".join(person.name for person in known_people())
-    return f"<table>{table}</table><p><b>Ask:</b> {asked}</p><p><b>People:</b> {people}</p>"
+    people = f"<details><summary><b>People</b></summary>{people}</details>"
+    return f"<table>{table}</table><p><b>Ask:</b> {asked}</p>{people}"
 
 
 @cache

@@ -49,7 +49,7 @@ def attention_page(
     top = max(v) or 1.0
     tokens = [_token(text, value, top) for text, value in zip(texts, v, strict=True)]
     steps = range(len(_SHADES))
-    legend = "".join(_token("  ", n * top / steps[-1], top) for n in steps)
+    legend = "".join(_token("\u00a0\u00a0", n * top / steps[-1], top) for n in steps)
     page = f"<p><b>{html.escape(title)}</b> 0 {legend} {top:.2g}</p>"
     for turn in turns:
         name = html.escape(f"{turn.number} {turn.role}") if turn.role else ""
