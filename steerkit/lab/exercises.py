@@ -90,9 +90,12 @@ def compare(yours: Callable, ours: Callable, *cases: Sequence[Any]) -> None:
 
 
 def student_copy(notebook: NotebookNode) -> NotebookNode:
-    """A copy without solutions, with folded hints; ValueError names a malformed exercise."""
+    """A copy without solutions and outputs, with folded hints.
+
+    A stored result would give a prediction away. ValueError names a malformed exercise.
+    """
     copy = deepcopy(notebook)
-    places = [copy.cells.index(cell) for cell in _tagged(copy, TAG)]
+    places = [n for n, cell in enumerate(copy.cells) if TAG in cell.metadata.get("tags", [])]
     for number, place in enumerate(places, start=1):
         question, code = copy.cells[place - 1], copy.cells[place]
         asked, answer = QUESTION.search(question.source), ANSWER.fullmatch(code.source)
@@ -103,7 +106,10 @@ def student_copy(notebook: NotebookNode) -> NotebookNode:
             )
         hint = f"\n\n<details><summary>Hint</summary>\n\n{asked[3]}\n\n</details>"
         question.source = question.source.removesuffix(asked[2]) + hint
-        code.source, code.outputs, code.execution_count = _stub(answer), [], None
+        code.source = _stub(answer)
+    for cell in copy.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
     if places:
         copy.cells.insert(places[0] - 1, nbformat.v4.new_markdown_cell(WELCOME, id="your-copy"))
     return copy
@@ -149,7 +155,3 @@ def copy_notebooks(
     for path, content in files.items():
         write_bytes(path, content)
     return [path for path in files if path.suffix == ".ipynb"]
-
-
-def _tagged(notebook: NotebookNode, tag: str) -> list[NotebookNode]:
-    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]

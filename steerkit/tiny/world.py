@@ -139,9 +139,8 @@ def card() -> str:
     table = "".join(f"<tr>{td}{f'</td>{td}'.join(row)}</td></tr>" for row in rows)
     asked = " ".join(TABLES["attributes"][a]["ask"][0].format(n=who.name) for a in ATTRIBUTES)
     asked += " With <i>pronoun</i> ask: Repeat: She lives in Oslo."
-    people = ", ".join(person.name for person in known_people())
-    people = f"<details><summary><b>People</b></summary>{people}</details>"
-    return f"<table>{table}</table><p><b>Ask:</b> {asked}</p>{people}"
+    people = "<summary><b>People</b></summary>" + ", ".join(p.name for p in known_people())
+    return f"<table>{table}</table><p><b>Ask:</b> {asked}</p><details>{people}</details>"
 
 
 @cache
