@@ -121,7 +121,7 @@ def test_attention_explorer_follows_its_controls(
     queries, chosen = (turns[1].start, turns[1].end), {"reduce": "mean", "heads": [(1, 2)]}
     received = attention_received(tiny[0], ids, queries, **chosen)
     received[:3] = 0
-    assert screen.pages[-1].startswith(f"{received.tolist()} ")
+    assert f">{received.tolist()} " in screen.pages[-1]
     assert "reply of turn 1" in screen.pages[-1]
     axes = figures[-1].axes[0]
     weights = attention_map(tiny[0], ids, bins=12, skip=3, **chosen)
@@ -153,26 +153,33 @@ def test_steering_explorer_shows_both_replies_and_the_share_it_raised(
     with emphasise(model, [spans], sets["one"], alpha=0.1):
         one = span_share(model, ids, spans)[3, 0, -1].item()
     screen.controls["alpha"].value = 0.1
-    screen.controls["heads"].value = "one"
+    named, grid = screen.controls["heads"].children
+    by_name = {button.description: button for button in (*named.children, *grid.children)}
+    drawn = len(screen.pages)
+    by_name["one"].click()
     assert f">{one:.3f} of attention" in screen.pages[-1]
-    screen.controls["heads"].value = "L3H0, L1H2"  # typed
+    assert len(screen.pages) == drawn + 1  # once for 36 buttons
+    by_name["L1H2"].value = True  # clicked
     with emphasise(model, [spans], [(3, 0), (1, 2)], alpha=0.1):
         both = span_share(model, ids, spans)[..., -1]
     assert f">{(both[3, 0] + both[1, 2]) / 2:.3f} of attention" in screen.pages[-1]
-    screen.controls["heads"].value = "all"
+    by_name["L3H0"].value = by_name["L1H2"].value = False
+    assert "click a head" in screen.pages[-1]
+    by_name["all"].click()
+    assert all(button.value for button in grid.children)
     screen.controls["alpha"].value = 1  # the identity
     same = screen.pages[-1]
     assert same.count(f"{share:.3f} of attention") == 2 and same.count(html.escape(plain)) == 2
 
     screen.controls["alpha"].value = 0.1
-    screen.controls["heads"].value = "one"
+    by_name["one"].click()
     screen.controls["prompt"].value = "Language: French. [Hobby: chess.] Who is Ivan [Garner]?"
     moved = [Message("user", "Language: French. Hobby: chess. Who is Ivan Garner?")]
     spans = [find_span(tokenizer, moved, text) for text in ("Hobby: chess.", "Garner")]
     ids = torch.tensor([prompt_ids(tokenizer, moved)])
     share = span_share(model, ids, spans)[3, 0, -1].item()
     assert f">{share:.3f} of attention" in screen.pages[-1] and "[" not in screen.pages[-1]
-    for wrong, told in (("No mark.", "no phrase is marked"), ("[]", "phrase is empty")):
+    for wrong, told in (("No mark.", "mark a phrase"), ("[]", "phrase is empty")):
         screen.controls["prompt"].value = wrong
         assert told in screen.pages[-1]
 

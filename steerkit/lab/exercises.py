@@ -26,6 +26,7 @@ from torch.testing import assert_close
 from steerkit.files import write_bytes
 
 TAG = "exercise"
+CLOSE = {"rtol": 1e-4, "atol": 1e-6, "equal_nan": True, "check_dtype": False, "check_device": False}
 RIGHT, OPEN = "right", "not done yet"
 QUESTION = re.compile(
     r"\*\*(\d+) \(\d+ minutes(?:, difficulty [123] of 3, importance [123] of 3)?\)\.\*\*.*?"
@@ -70,19 +71,11 @@ def compare(yours: Callable, ours: Callable, *cases: Sequence[Any]) -> None:
     """
     for number, case in enumerate(cases, start=1):
         mine, wanted = yours(*deepcopy(case)), ours(*deepcopy(case))
-        told = f"case {number} of {len(cases)}: yours is {mine!r}, expected {wanted!r}"
+        told = f"case {number} of {len(cases)}: yours is {mine!r:.300}, expected {wanted!r:.300}"
         try:
             if isinstance(wanted, Tensor | float | int):
                 mine, wanted = torch.as_tensor(mine), torch.as_tensor(wanted)
-            assert_close(
-                mine,
-                wanted,
-                rtol=1e-4,
-                atol=1e-6,
-                equal_nan=True,
-                check_dtype=False,
-                check_device=False,
-            )
+            assert_close(mine, wanted, **CLOSE)
         except AssertionError as error:
             raise AssertionError(f"{told}\n\n{error}") from None
         except (TypeError, ValueError, RuntimeError):  # texts, or another kind of thing

@@ -131,9 +131,6 @@ def mark_turns(ax: Axes, turns: Sequence[Turn]) -> Axes:
 
 # Heads
 
-Heads = Iterable[tuple[int, int]]
-"""(layer, query head) each."""
-
 
 def head_grid(
     ax: Axes,
@@ -142,7 +139,7 @@ def head_grid(
     bar: str | None,
     vmax: float | None = None,
     signed: bool = False,
-    marked: Heads = (),
+    marked: Iterable[tuple[int, int]] = (),
 ) -> Axes:
     """One cell per head with its number written in it: values (L, H), layer 0 at the top.
 

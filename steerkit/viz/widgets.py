@@ -11,16 +11,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import ipywidgets
 import matplotlib.pyplot as plt
 import torch
+import traitlets
 from IPython.display import HTML, display
 
-from steerkit.attention.heads import heads_by_layer, layer_and_head_counts
+from steerkit.attention.heads import Head, Heads, heads_by_layer, layer_and_head_counts
 from steerkit.attention.maps import attention_map, attention_received, span_share
 from steerkit.chat import Message, prompt_ids, reply
 from steerkit.models import Model, Tokenizer
 from steerkit.spans import find_spans, find_turns
+from steerkit.steering.head_search import every_head
 from steerkit.steering.pasta import emphasise
 from steerkit.viz.html import attention_page, token_texts
-from steerkit.viz.plots import COLOURS, Heads, heat_map, mark_turns, picture
+from steerkit.viz.plots import COLOURS, heat_map, mark_turns, picture
 
 WIDE = {"width": "40em"}
 
@@ -30,6 +32,12 @@ def text_table(rows: Iterable[Sequence[str]]) -> str:
     cell = '<td style="text-align:left">{}</td>'.format
     lines = ("".join(cell(html.escape(text)) for text in row) for row in rows)
     return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"
+
+
+def side_by_side(*parts: str) -> str:
+    """HTML of parts beside each other, or below where the page is narrow."""
+    columns = "".join(f'<div style="flex:1 1 24em">{part}</div>' for part in parts)
+    return f'<div style="display:flex;gap:2em;flex-wrap:wrap">{columns}</div>'
 
 
 def explore(draw: Callable[..., str], controls: Mapping[str, ipywidgets.Widget]) -> None:
@@ -94,9 +102,7 @@ def chat_box(
             send(message)
             controls["message"].value = ""  # the same text can be sent again
         rows = [[text, *(marks[judge(*begun, r)] + r for r in replies)] for text, *replies in turns]
-        parts = (text_table([["user", *models], *rows]), beside)
-        columns = "".join(f'<div style="flex:1">{part}</div>' for part in parts)
-        return f'<div style="display:flex;gap:2em;flex-wrap:wrap">{columns}</div>'
+        return side_by_side(text_table([["user", *models], *rows]), beside)
 
     controls = {
         "instruction": ipywidgets.Combobox(
@@ -126,7 +132,7 @@ def explore_attention(
         layers = range(L) if layer == "all" else [layer]
         heads = range(H) if head == "all" else [head]
         chosen = {"reduce": reduce, "heads": [(x, y) for x in layers for y in heads]}
-        _, ax = plt.subplots(figsize=(8.5, 6.2))
+        _, ax = plt.subplots(figsize=(6, 4.8))
         heat_map(ax, attention_map(model, ids, bins=bins, skip=skip, **chosen))
         mark_turns(ax, turns)
         low, high = (query * bins / len(texts) - 0.5 for query in replies[turn])
@@ -139,7 +145,7 @@ def explore_attention(
         received = attention_received(model, ids, replies[turn], **chosen)
         received[:skip] = 0
         title += f", from the reply of turn {turn}"
-        return shown + attention_page(texts, received, turns, title=title)
+        return side_by_side(shown, attention_page(texts, received, turns, title=title))
 
     controls = {
         "layer": ipywidgets.Dropdown(options=["all", *range(L)]),
@@ -151,35 +157,64 @@ def explore_attention(
     explore(draw, controls)
 
 
+class HeadGrid(ipywidgets.VBox):
+    """Heads to click, a row a layer, below a button for each named set; `value`: those chosen."""
+
+    value = traitlets.Tuple()
+
+    def __init__(self, model: Model, sets: Mapping[str, Heads]) -> None:
+        size = layer_and_head_counts(model)
+        cell = ipywidgets.Layout(width="auto", padding="0")
+        self.buttons = {
+            h: ipywidgets.ToggleButton(description=str(h), layout=cell) for h in every_head(*size)
+        }
+        for button in self.buttons.values():
+            button.observe(self._read, "value")
+        named = [ipywidgets.Button(description=name) for name in sets]
+        for button in named:
+            button.on_click(lambda button: self.choose(model, sets[button.description]))
+        columns = {"grid_template_columns": f"repeat({size[1]}, 4em)"}
+        grid = ipywidgets.GridBox(list(self.buttons.values()), layout=columns)
+        super().__init__([ipywidgets.HBox(named), grid])
+        self.choose(model, next(iter(sets.values())))
+
+    def choose(self, model: Model, heads: Heads) -> None:
+        """Press the buttons of these heads, and no other: one change of `value`."""
+        chosen = heads_by_layer(model, heads)
+        with self.hold_trait_notifications():
+            for head, button in self.buttons.items():
+                button.value = head.index in chosen.get(head.layer, ())
+
+    def _read(self, _: object) -> None:
+        self.value = tuple(head for head, button in self.buttons.items() if button.value)
+
+
 def explore_steering(
     model: Model, tokenizer: Tokenizer, prompt: str, phrase: str, head_sets: Mapping[str, Heads]
 ) -> None:
     """Plain and steered replies to one user message, side by side.
 
     Controls: the message, in which [brackets] mark what is emphasised (at first the `phrase`);
-    alpha; and the heads: one of the named `head_sets`, or typed, as in "L2H3, L1H0". Under each
-    reply stands the share of attention that the marked text gets when the reply begins, mean over
-    the chosen heads.
+    alpha; and the heads to click, with a button for each of `head_sets`. Under each reply stands
+    the share of attention that the marked text gets when the reply begins, mean over the heads.
     """
 
-    def draw(prompt: str, alpha: float, heads: str) -> str:
+    def draw(prompt: str, alpha: float, heads: tuple[Head, ...]) -> str:
         messages = [Message("user", re.sub(r"[][]", "", prompt))]
         marked = re.findall(r"\[(.*?)\]", prompt)
-        if not marked:
-            raise ValueError("no phrase is marked: put [brackets] around what is to be emphasised")
+        if not (marked and heads):
+            raise ValueError("nothing to steer: mark a phrase by [brackets] and click a head")
         spans = [span for text in marked for span in find_spans(tokenizer, messages, text)]
-        by_layer = heads_by_layer(model, head_sets.get(heads) or re.findall(r"[^,\s]+", heads))
-        chosen = [(layer, index) for layer, indices in by_layer.items() for index in indices]
         ids = torch.tensor([prompt_ids(tokenizer, messages)])
 
         def column(name: str) -> list[str]:
             (words,) = reply(model, tokenizer, [messages])
             by_head = span_share(model, ids, spans)[..., -1]  # (L,H) of the last query
-            share = torch.stack([by_head[head] for head in chosen]).mean()
+            share = torch.stack([by_head[head] for head in heads]).mean()
             return [name, words, f"{share:.3f} of attention"]
 
         columns = [column("plain")]
-        with emphasise(model, [spans], chosen, alpha=alpha):
+        with emphasise(model, [spans], heads, alpha=alpha):
             columns.append(column(f"steered, alpha {alpha:.3g}"))
         return text_table(zip(*columns, strict=True))
 
@@ -188,8 +223,6 @@ def explore_steering(
             prompt.replace(phrase, f"[{phrase}]"), layout={"width": "95%", "height": "5em"}
         ),
         "alpha": ipywidgets.FloatLogSlider(0.01, min=-4, max=0, step=0.25),
-        "heads": ipywidgets.Combobox(
-            value=next(iter(head_sets)), options=list(head_sets), layout=WIDE
-        ),
+        "heads": HeadGrid(model, head_sets),
     }
     explore(draw, controls)
