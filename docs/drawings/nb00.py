@@ -41,10 +41,10 @@ def draw() -> str:
     canvas = Canvas(
         420,
         title="One row of attention weights, and three ways to change it",
-        desc="The weights with which the token after 'I love' looks at four earlier tokens, "
+        desc="Made-up weights with which 'love' in the reply 'I love ...' looks at four tokens, "
         f"as four bar charts that each sum to one. {rows}.",
     )
-    canvas.text(480, 26, "After 'I love ...': where the last token looks", size=22, bold=True)
+    canvas.text(480, 26, "'I love ...': where 'love' looks (made-up weights)", size=22, bold=True)
     for number, (title, weights, colour, how, who) in enumerate(PANELS.values()):
         left = 12 + 240 * number
         canvas.text(left + 108, 66, title, size=20, bold=True, colour=colour)
