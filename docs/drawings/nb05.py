@@ -7,8 +7,8 @@ DESC = (
     "Above, a stream of eight tokens: S, a, b, a trigger, b again, c, a trigger, c again. Each "
     "trigger reads the token before it, which is then repeated: the head is on. All other tokens "
     "read S, which says nothing: the head is off. Below, one idle token's attention weights as a "
-    "bar: with S, 99 percent lie on S and one percent on the other tokens, and the output is 0.02. "
-    "With S evicted, the same one percent is spread over the whole bar, and the output is 1.99."
+    "bar: with S, 99 percent lie on S and one percent on the other tokens: the output is silent. "
+    "With S evicted, the same one percent is spread over the whole bar, and the output is loud."
 )
 STREAM = ["S", "a", "b", "▲", "b", "c", "▲", "c"]
 TRIGGERS, WIDTH, GAP, TOP = (3, 6), 72, 14, 118
@@ -31,11 +31,11 @@ def draw() -> str:
     canvas.line([(30, 232), (930, 232)], colour="#d0d0d0")
     words = "One idle token: its weights add up to one, whatever happens"
     canvas.text(30, 258, words, anchor="start", bold=True)
-    _bar(canvas, 290, "S kept", 0.99, "output 0.02: silent", BLUE)
-    _bar(canvas, 400, "S evicted", 0.0, "output 1.99: loud", RED)
+    _bar(canvas, 290, "S kept", 0.99, "output: silent", BLUE)
+    _bar(canvas, 400, "S evicted", 0.0, "output: loud", RED)
     canvas.line([(704, 336), (142, 398)], colour=RED, dashed=True)
     canvas.line([(709, 336), (709, 398)], colour=RED, dashed=True)
-    words = "the last 1 %, times 1 / (1 - 0.99) = 100"
+    words = "the last 1 %, stretched"
     canvas.text(700, 374, words, anchor="end", halo=True, colour=RED)
     return canvas.svg()
 
