@@ -2,8 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -44,7 +43,11 @@ def load(
             base = read_json(adapter)["base_model_name_or_path"]
             model, tokenizer = load(base, device=device, dtype=dtype)
             return _merged(model, source), tokenizer
-        with _no_bar() if Path(source).parent == DATA else nullcontext():
+        with ExitStack() as after:
+            # An embedded model loads in a moment: no progress bar.
+            if Path(source).parent == DATA and logging.is_progress_bar_enabled():
+                logging.disable_progress_bar()
+                after.callback(logging.enable_progress_bar)
             model = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, trust_remote_code=False
             )
@@ -74,15 +77,3 @@ def _merged(model: Model, adapter: str) -> Model:
         merged = PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
     merged.name_or_path = merged.config.name_or_path = adapter  # another model than its base
     return merged
-
-
-@contextmanager
-def _no_bar() -> Iterator[None]:
-    """No progress bar for a checkpoint that loads in a moment."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

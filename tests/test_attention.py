@@ -106,6 +106,24 @@ def test_an_edit_sees_one_layer_changes_no_call_and_is_gone_afterwards(llama: Mo
     assert torch.equal(llama(ids).logits, before)
 
 
+def test_a_mask_of_fewer_axes_is_broadcast_also_for_one_query(llama: Model) -> None:
+    ids, new = tokens(1, 7), {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+
+    def masked(axes: int) -> Tensor:
+        def edit(call: AttentionCall) -> Tensor:
+            Q, K = call.query.shape[2], call.key.shape[2]
+            seen = torch.ones(Q, K, dtype=torch.bool).tril(K - Q)
+            seen[:, 1] = False
+            return call.attend(mask=seen[(None,) * (axes - 2)])
+
+        with attach(llama, {0: edit, 1: edit}):
+            return llama.generate(ids, **new, output_logits=True, return_dict_in_generate=True)
+
+    four = masked(4)
+    for fewer in (masked(2), masked(3)):
+        assert all(map(torch.equal, fewer.logits, four.logits))
+
+
 def test_an_exception_leaves_the_model_as_found(llama: Model) -> None:
     def broken(call: AttentionCall) -> Tensor:
         raise RuntimeError("broken")

@@ -16,7 +16,6 @@ from steerkit.steering.head_search import (
     HeadTable,
     answer_scores_with_heads,
     bias_slopes,
-    chance_overlap,
     intersection,
     load_table,
     naive_scores,
@@ -275,13 +274,12 @@ def test_heads_for_a_task_come_from_its_table_from_all_or_from_the_others():
     assert found["task-agnostic"] == B.top(3)
 
 
-def test_the_chance_line_is_the_mean_overlap_of_random_choices():
-    assert chance_overlap(1024, 300, 4) == pytest.approx(7.54, abs=0.01)  # LLaMA-7B's 25 heads
+def test_random_heads_of_several_draws_share_n_times_k_by_n_to_the_m():
     shared, draws = 0, 300
     for i in range(draws):
         picks = [set(random_heads(SIZE, 5, seed=10 * i + task)) for task in range(3)]
         shared += len(set.intersection(*picks)) / draws
-    assert shared == pytest.approx(chance_overlap(8, 5, 3), abs=0.2)
+    assert shared == pytest.approx(8 * (5 / 8) ** 3, abs=0.2)
 
 
 def test_stability_is_one_where_all_prompts_agree_and_a_coin_where_they_do_not():

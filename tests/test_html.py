@@ -115,7 +115,10 @@ def test_turns_of_another_text_are_refused() -> None:
 
 def test_a_cache_strikes_out_what_it_evicted_and_numbers_the_slots_of_the_rest() -> None:
     page = cache_page(["A", " <b>", " cat", "\n", " sat"], visible(4, 1, 2), 1)
-    assert Page(page).text == "A0 <b> cat1↵2 sat35 tokens read, 4 kept, 1 evicted"
+    assert (
+        Page(page).text
+        == "A0\u2009 <b> cat1\u2009↵2\u2009 sat3\u20095 tokens read, 4 kept, 1 evicted"
+    )
     struck = re.findall(r"<s [^>]*>(.*?)</s>", page)
     assert struck == [" &lt;b&gt;"] and page.count("#b9e6d6") == 1
     assert "0 evicted" in cache_page(["A"], visible(0, 4, 8), 4)

@@ -30,7 +30,7 @@ from steerkit.chat import Message, prompt_ids, stop_ids
 from steerkit.steering.other_methods import additive_bias, spotlight
 from steerkit.steering.pasta import emphasise
 from steerkit.streaming.conversation import stream_chat
-from steerkit.streaming.losses import recomputed_losses, token_losses, window_drift
+from steerkit.streaming.losses import recomputed_losses, token_losses
 from steerkit.streaming.sink_cache import SinkCache, visible
 from steerkit.streaming.stream_eval import (
     EvalStream,
@@ -163,22 +163,6 @@ def test_memory_does_not_grow(llama: PreTrainedModel) -> None:
             sizes.append(cache.nbytes)
     assert len(set(sizes)) == 1
     assert sizes[0] == 2 * 4 * 2 * 8 * (25 + 25 + 4)  # layers, bytes, heads, D, slots
-
-
-def test_window_attention_drifts_from_a_fresh_forward_after_the_first_layer(
-    llama: PreTrainedModel,
-) -> None:
-    ids = tokens(1, 90)
-    drift = window_drift(llama, ids, length=12, every=30)
-    assert drift.shape == (3, 3) and drift[:, :2].max() < 1e-5 < drift[:, 2].min()
-    cache = SinkCache(llama, sinks=0, window=11)
-    with torch.no_grad():
-        states = [
-            llama(t, past_key_values=cache, output_hidden_states=True) for t in ids.split(1, 1)
-        ]
-        last = llama(ids[:, -12:], output_hidden_states=True).hidden_states[2][0, -1]
-    off = (states[-1].hidden_states[2][0, -1] - last).norm() / last.norm()
-    assert drift[2, 2] == pytest.approx(off.item(), rel=1e-3)
 
 
 def test_a_zero_sink_model_streams(llama: PreTrainedModel) -> None:

@@ -115,6 +115,19 @@ def test_a_wrong_function_is_told_the_case_and_both_values(yours, told):
         lab.compare(yours, cumulated, *cases)
 
 
+def test_an_answer_that_cannot_be_checked_is_told_by_its_type():
+    told = "exercise 3, answered by list, int: AttributeError"
+    with pytest.raises(AssertionError, match=told), lab.exercise(3, [1, 2], 7):
+        [1, 2].items()
+
+
+def test_long_answers_are_told_short_and_by_one_traceback():
+    with pytest.raises(AssertionError, match="case 1 of 1") as caught:
+        lab.compare(lambda x: "b" + x, lambda x: x, ("a" * 5000,))
+    assert len(str(caught.value)) < 1500 and caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+
+
 def test_answers_may_be_lists_texts_and_entries_by_name():
     row = {"ids": [1, 2], "mean": torch.tensor([0.5])}
     lab.compare(lambda: dict(row, mean=torch.tensor([0.5 + 1e-7])), lambda: row, ())

@@ -96,6 +96,8 @@ class AttentionCall:
         `call.attend(value=2 * call.value)` attends to doubled values and leaves `call` as it is.
         """
         call = replace(self, **changes) if changes else self
+        if call.mask is not None and call.mask.ndim < 4:  # SDPA takes four axes
+            call = replace(call, mask=call.mask[(None,) * (4 - call.mask.ndim)])
         if call.recorder is not None:
             call.recorder(call)
         return call._sdpa() if call.sink is None else call._attend_with_sink()

@@ -11,7 +11,7 @@ import dis
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,18 @@ cell: it says whether the answer is right, or what is wrong with it."""
 def exercise(number: int, *answers: Any) -> Iterator[None]:
     """Show whether an exercise is right; an answer that is still `...` is no error, only not done.
 
-    So is a function that only returns `...`. A wrong answer raises what the block raises.
+    So is a function that only returns `...`. A wrong answer raises what the block asserts, and one
+    that the block cannot check an AssertionError that says of which types the answers are.
     """
     unsolved = any(map(_unsolved, answers))
-    with suppress(Exception) if unsolved else nullcontext():
+    try:
         yield
+    except Exception as error:
+        if not unsolved and isinstance(error, AssertionError):
+            raise
+        if not unsolved:
+            types = ", ".join(type(answer).__name__ for answer in answers)
+            raise AssertionError(f"exercise {number}, answered by {types}: {error!r}") from error
     state = OPEN if unsolved else RIGHT
     display({"text/plain": f"Exercise {number}: {state}."}, raw=True)
 
@@ -69,6 +76,7 @@ def compare(yours: Callable, ours: Callable, *cases: Sequence[Any]) -> None:
     AssertionError names the case and says what differs. Each call gets copies of its arguments.
     Numbers are the same within 1e-4 of ours, or 1e-6.
     """
+    __tracebackhide__ = True  # IPython's: a learner sees the own lines only
     for number, case in enumerate(cases, start=1):
         mine, wanted = yours(*deepcopy(case)), ours(*deepcopy(case))
         told = f"case {number} of {len(cases)}: yours is {mine!r:.300}, expected {wanted!r:.300}"
@@ -79,7 +87,8 @@ def compare(yours: Callable, ours: Callable, *cases: Sequence[Any]) -> None:
         except AssertionError as error:
             raise AssertionError(f"{told}\n\n{error}") from None
         except (TypeError, ValueError, RuntimeError):  # texts, or another kind of thing
-            assert type(mine) is type(wanted) and mine == wanted, told
+            if type(mine) is not type(wanted) or mine != wanted:
+                raise AssertionError(told) from None
 
 
 def student_copy(notebook: NotebookNode) -> NotebookNode:

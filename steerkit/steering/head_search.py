@@ -346,11 +346,6 @@ def select_heads(tables: Mapping[str, HeadTable], task: str, size: int) -> dict[
     }
 
 
-def chance_overlap(n: int, k: int, tasks: int) -> float:
-    """Heads that `tasks` random choices of k out of n share on average: n (k/n)^tasks."""
-    return n * (k / n) ** tasks
-
-
 def random_heads(size: tuple[int, int], k: int, *, seed: int) -> list[Head]:
     """`k` heads drawn from a model of `size` (layers, heads): the control of a selection."""
     return random.Random(f"random heads {seed}").sample(every_head(*size), k)

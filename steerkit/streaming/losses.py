@@ -125,28 +125,6 @@ def recomputed_losses(
     return losses
 
 
-@torch.no_grad()
-def window_drift(model: Model, ids: Tensor, *, length: int, every: int = 100) -> Tensor:
-    """How far window attention's states are from a fresh forward's over the same `length` tokens.
-
-    ids (1,T) -> (T // every, L+1): for the last of each `every` tokens, after each layer (0: the
-    embedding), relative to the norm. It is why re-computation is another method, and better.
-    """
-    check_ids(model, ids, one_text=True)
-    if not 2 <= length <= every <= ids.shape[1]:
-        raise ValueError(
-            f"length={length}, every={every}: expected 2 <= length <= every <= {ids.shape[1]}"
-        )
-    cache, drift = SinkCache(model, sinks=0, window=length - 1), []
-    for piece in ids.to(model.device).split(every, dim=1)[: ids.shape[1] // every]:
-        model(piece[:, :-1], past_key_values=cache)
-        cached = model(piece[:, -1:], past_key_values=cache, output_hidden_states=True)
-        fresh = model(piece[:, -length:], output_hidden_states=True)
-        a, b = (torch.stack(x.hidden_states)[:, 0, -1].float() for x in (cached, fresh))
-        drift.append((a - b).norm(dim=-1) / b.norm(dim=-1))  # (L+1,)
-    return torch.stack(drift).cpu()
-
-
 def _checked(model: Model, ids: Tensor) -> Tensor:
     """`ids` (B,T) as int64; ValueError if they are no texts, or if the model sees its targets."""
     check_ids(model, ids)

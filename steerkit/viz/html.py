@@ -70,7 +70,7 @@ def cache_page(texts: Sequence[str], kept: Sequence[int], sinks: int) -> str:
         if number not in slot_of:
             return f'<s style="color:#767676">{words}</s>'
         shade = "b9e6d6" if slot_of[number] < sinks else "c6dcee"
-        return f'<b style="background:#{shade}">{words}<sub>{slot_of[number]}</sub></b>'
+        return f'<b style="background:#{shade}">{words}<sub>{slot_of[number]}</sub></b>&thinsp;'
 
     page = "".join(token(number, text) for number, text in enumerate(texts))
     counts = f"{len(texts)} tokens read, {len(kept)} kept, {len(texts) - len(kept)} evicted"

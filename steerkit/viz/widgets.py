@@ -83,7 +83,7 @@ def chat_box(
     """
     begun: list[str] = []  # the instruction
     turns: list[list[str]] = []  # the user's text, and each model's reply
-    marks = {True: "✓ obeys: ", False: "✗ does not obey: ", None: ""}
+    marks = {True: "✓ obeys: ", False: "✗ does not obey: ", None: "(not judged) "}
 
     def send(text: str) -> None:
         replies = []
