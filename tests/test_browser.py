@@ -176,6 +176,7 @@ def steer_one_head(field: Any) -> None:
     def click(*heads: str) -> None:
         for head in heads:
             field.page.get_by_role("button", name=head, exact=True).click()
+            field.page.wait_for_timeout(500)  # a reader sees the page redrawn before the next one
 
     click("L0H0", "L2H0", "L2H1", "L2H2")  # the last three were on
     write(JOBS, "Tab")(field)

@@ -14,18 +14,18 @@ from steerkit.files import NOTEBOOKS
 from steerkit.lab.exercises import compare, exercise
 
 SAILOR = "Figure: Plato. Paul Hilton works as a sailor. Paul Hilton works as a judge. Who is he?"
-BIAS = "bias[indices, :, : len(inside)] = torch.where(inside, 0.0, math.log(alpha))"
+BIAS = "bias[:, indices, :, : len(inside)] = torch.where(inside, 0.0, math.log(alpha))"
 WRONG = {  # notebook, the line of the solution, what stands there instead
     "the future is seen": ("03", ".masked_fill(future, -torch.inf)", ""),
-    "all heads are steered": ("03", "bias[indices", "bias[:"),
+    "all heads are steered": ("03", "bias[:, indices", "bias[:, :"),
     "the span is muted": ("03", "0.0, math.log(alpha)", "math.log(alpha), 0.0"),
     "what comes after the prompt is muted": (
         "03",
         BIAS,
         "every = torch.cat([inside, torch.zeros(K - len(inside)).bool()])\n"
-        "    bias[indices] = torch.where(every, 0.0, math.log(alpha))",
+        "    bias[:, indices] = torch.where(every, 0.0, math.log(alpha))",
     ),
-    "nothing is steered": ("03", "(mask=bias.masked_fill(future, -torch.inf)[None])", "()"),
+    "nothing is steered": ("03", "(mask=bias.masked_fill(future, -torch.inf))", "()"),
     "rows do not sum to one": ("00", " / products.sum(-1, keepdim=True)", ""),
     "the span is multiplied": (
         "00",
