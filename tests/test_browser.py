@@ -170,24 +170,11 @@ def write(text: str, key: str) -> Callable[[Any], None]:
     return lambda field: (field.fill(text), field.press(key))
 
 
-def steer_one_head(field: Any) -> None:
-    """Steer a head that does nothing here, write another prompt, steer one that does."""
-
-    def click(*heads: str) -> None:
-        for head in heads:
-            field.page.get_by_role("button", name=head, exact=True).click()
-            field.page.wait_for_timeout(500)  # a reader sees the page redrawn before the next one
-
-    click("L0H0", "L2H0", "L2H1", "L2H2")  # the last three were on
-    write(JOBS, "Tab")(field)
-    click("L2H0")
-
-
 JOBS = "Ida Hill works as a [baker]. Ida Hill works as a judge. What is the job of Ida Hill?"
 PLAY = {  # notebook: a control of its first box, what a reader does to it, what the box then says
     "00": ("message", write("Where does Clara Carver live?", "Enter"), "Clara Carver lives in"),
     "01": ("instruction", write("Hobby: chess.", "Enter"), "I love chess"),
-    "03": ("prompt", steer_one_head, "baker"),
+    "03": ("prompt", write(JOBS, "Tab"), "baker"),
     "04": ("read", lambda slider: slider.press("ArrowLeft"), "35 tokens read"),
     "05": ("step", lambda slider: slider.press("End"), "Step 600"),
     "06": ("lever", lambda menu: menu.select_option("guidance"), "guidance"),
